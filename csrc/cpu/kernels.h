@@ -1,0 +1,85 @@
+// The table of kernels: one copy per instruction set, chosen once at run time (isa.cpp).
+//
+// Every entry is a function on raw pointers that knows no torch, starts no thread and checks nothing; the callers (the
+// ops in this folder, csrc/step) have checked their arguments. Determinism: each entry computes an output element by a
+// fixed sequence of operations that does not depend on how many rows or panels one call is given.
+#pragma once
+
+#include "types.h"
+
+namespace gpt2rt {
+
+enum class Activation : int { kNone = 0, kGeluNew = 1, kGelu = 2, kRelu = 3, kSilu = 4, kTanh = 5, kQuickGelu = 6 };
+constexpr int kNumActivations = 7;
+
+// y = act(x w^T + bias), or y += x w^T + bias, for the rows given and the panels panel_begin..panel_end
+struct GemmArgs {
+  const float* x;  // [m, k], row stride ldx
+  int64_t ldx;
+  int64_t m;
+  int64_t k;
+  const void* weight;  // panels [ceil(n / 64)][k][64], 64-byte aligned
+  DType weight_dtype;
+  int64_t n;
+  int64_t panel_begin;
+  int64_t panel_end;
+  const float* bias;  // [n] or nullptr
+  Activation activation;
+  bool accumulate;  // float32 y only
+  void* y;          // [m, n], row stride ldy (elements)
+  DType y_dtype;
+  int64_t ldy;
+};
+
+// One tile of query rows of one head: consecutive positions of one sequence.
+struct AttentionArgs {
+  const void* query;  // [rows, head_dim], row stride query_stride (elements)
+  DType query_dtype;
+  int64_t query_stride;
+  const void* key;  // key cache of the layer, at this head's first element of block 0
+  const void* value;
+  DType cache_dtype;
+  int64_t block_stride;  // elements from a block to the next: n_head * block_size * head_dim
+  int64_t block_size;
+  int64_t head_dim;
+  const int32_t* block_table;  // of this sequence
+  int64_t first_position;      // absolute position of row 0; row i attends to positions 0..first_position + i
+  int64_t rows;                // 1..kQueryTile
+  float scale;
+  void* out;  // [rows, head_dim], row stride out_stride (elements)
+  DType out_dtype;
+  int64_t out_stride;
+  float* scratch;  // attention_scratch_floats(head_dim) floats
+};
+
+struct Kernels {
+  const char* name;
+  // y = (x - mean) / sqrt(var + eps) * w + b over n elements; y may be x
+  void (*layer_norm_row)(DType dtype, const void* x, const void* weight, const void* bias, float eps, int64_t n,
+                         void* y);
+  // y = a + b
+  void (*add_row)(DType dtype, const void* a, const void* b, int64_t n, void* y);
+  // y = gelu_new(x + bias)
+  void (*bias_gelu_new_row)(DType dtype, const void* x, const void* bias, int64_t n, void* y);
+  // y = a + b, read as dtype, written as float32
+  void (*add_row_f32)(DType dtype, const void* a, const void* b, int64_t n, float* y);
+  void (*convert_row)(DType from, const void* x, DType to, void* y, int64_t n);
+  // packs columns (output features) 0..num_columns of w [num_columns, k] into one panel [k][64], zero past num_columns;
+  // strides in elements, one of them is 1; out_dtype is dtype or float32
+  void (*pack_panel)(DType dtype, const void* w, int64_t stride_n, int64_t stride_k, int64_t num_columns, int64_t k,
+                     DType out_dtype, void* out);
+  void (*gemm)(const GemmArgs& args);
+  void (*attention)(const AttentionArgs& args);
+  int64_t (*attention_scratch_floats)(int64_t head_dim);
+};
+
+extern const Kernels kKernelsPortable;
+#if defined(__x86_64__)
+extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvx512;
+#endif
+
+// The table in use. The first call reads GPT2RT_CPU_ISA; an unknown or unsupported value raises, at each call.
+const Kernels& kernels();
+
+}  // namespace gpt2rt

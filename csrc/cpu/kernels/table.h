@@ -1,0 +1,27 @@
+// Body of isa_portable.cpp, isa_avx2.cpp and isa_avx512.cpp: the kernels on the Vec included before, and their table.
+// Everything but the table has internal linkage, and no std template is used, so that no function compiled for one
+// instruction set can be taken by the linker in place of another's.
+#pragma once
+
+#include "../kernels.h"
+
+#include "dispatch.h"
+#include "math.h"
+#include "rows.h"
+#include "pack.h"
+#include "gemm.h"
+#include "attention.h"
+
+#define GPT2RT_KERNEL_TABLE(isa_name)                                   \
+  {                                                                     \
+      .name = isa_name,                                                 \
+      .layer_norm_row = GPT2RT_ISA::layer_norm_row_any,                 \
+      .add_row = GPT2RT_ISA::add_row_any,                               \
+      .bias_gelu_new_row = GPT2RT_ISA::bias_gelu_new_row_any,           \
+      .add_row_f32 = GPT2RT_ISA::add_row_f32_any,                       \
+      .convert_row = GPT2RT_ISA::convert_row_any,                       \
+      .pack_panel = GPT2RT_ISA::pack_panel_any,                         \
+      .gemm = GPT2RT_ISA::gemm,                                         \
+      .attention = GPT2RT_ISA::attention,                               \
+      .attention_scratch_floats = GPT2RT_ISA::attention_scratch_floats, \
+  }

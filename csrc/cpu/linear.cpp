@@ -1,0 +1,132 @@
+// linear and pack_linear. The maths is in kernels/gemm.h, the layout of panels in kernels/pack.h.
+#include "linear.h"
+
+#include <vector>
+
+#include "checks.h"
+#include "thread_pool.h"
+
+namespace gpt2rt {
+namespace {
+
+struct Weight {
+  const void* data;
+  DType dtype;
+  int64_t n, k;
+  int64_t stride_n, stride_k;
+};
+
+// [N, K] with either dimension contiguous
+Weight check_weight(const char* op, const Tensor& weight) {
+  const DType dtype = check_storage(op, "weight", weight);
+  check_dim(op, "weight", weight, 2, "[N, K] (out_features, in_features)");
+  const int64_t n = weight.size(0), k = weight.size(1);
+  GPT2RT_CHECK((k <= 1 || weight.stride(1) == 1) || (n <= 1 || weight.stride(0) == 1), op, ": weight ",
+               shape_text(weight), " has strides [", weight.stride(0), ", ", weight.stride(1),
+               "], expected 1 in one of its dimensions; call .contiguous() on it");
+  return {weight.const_data_ptr(), dtype, n, k, weight.stride(0), weight.stride(1)};
+}
+
+void pack_one(const Kernels& kernel, const Weight& w, int64_t panel, DType out_dtype, void* out) {
+  const int64_t column = panel * kPanel;
+  kernel.pack_panel(w.dtype, at(w.data, column * w.stride_n, w.dtype), w.stride_n, w.stride_k,
+                    w.n - column < kPanel ? w.n - column : kPanel, w.k, out_dtype, out);
+}
+
+void pack_linear(const Tensor& weight, const Tensor& out) {
+  const Weight w = check_weight("pack_linear", weight);
+  check_dtype("pack_linear", "out", out, ScalarType::Byte);
+  check_dim("pack_linear", "out", out, 1, "one dimension of bytes");
+  check_contiguous("pack_linear", "out", out);
+  const int64_t panels = num_panels(w.n);
+  const int64_t panel_bytes = w.k * kPanel * item_size(w.dtype);
+  GPT2RT_CHECK(out.size(0) == panels * panel_bytes, "pack_linear: out has ", out.size(0), " bytes, expected ",
+               panels * panel_bytes, " for weight ", shape_text(weight), " (ceil(N / 64) * K * 64 * ",
+               item_size(w.dtype), ")");
+  char* bytes = mutable_data<char>(out);
+  GPT2RT_CHECK(reinterpret_cast<uintptr_t>(bytes) % 64 == 0,
+               "pack_linear: out must start at a multiple of 64 bytes; slice it from an aligned buffer at multiples "
+               "of 64");
+  const Kernels& kernel = kernels();
+  parallel_rows(panels, w.k * kPanel, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) pack_one(kernel, w, p, w.dtype, bytes + p * panel_bytes);
+  });
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const DType dtype = check_storage("linear", "x", x);
+  check_dim("linear", "x", x, 2, "[num_tokens, K]");
+  check_rows("linear", "x", x);
+  const Weight w = check_weight("linear", weight);
+  check_same_dtype("linear", "weight", weight, "x", x);
+  GPT2RT_CHECK(w.k == x.size(1), "linear: weight ", shape_text(weight), " expects rows of ", w.k, ", x is ",
+               shape_text(x), "; weight is [out_features, in_features], a Conv1D weight must be passed as w.t()");
+  if (bias.has_value()) {
+    check_same_dtype("linear", "bias", *bias, "x", x);
+    GPT2RT_CHECK(bias->dim() == 1 && bias->size(0) == w.n, "linear: bias has shape ", shape_text(*bias), ", expected [",
+                 w.n, "], the out_features of weight ", shape_text(weight));
+    check_contiguous("linear", "bias", *bias);
+  }
+  const int64_t m = x.size(0);
+  Tensor y = new_like(x, {m, w.n});
+  if (m == 0 || w.n == 0) return y;
+
+  const Kernels& kernel = kernels();
+  GemmArgs args{};
+  args.x = data<float>(x);
+  args.ldx = x.stride(0);
+  args.m = m;
+  args.k = w.k;
+  args.weight_dtype = DType::kFloat32;
+  args.n = w.n;
+  args.activation = Activation::kNone;
+  args.accumulate = false;
+  args.y_dtype = dtype;
+  args.ldy = w.n;
+  // 16-bit inputs are widened once
+  std::vector<float> wide_x, wide_bias;
+  if (dtype != DType::kFloat32) {
+    wide_x.resize(static_cast<size_t>(m * w.k));
+    const void* px = x.const_data_ptr();
+    const int64_t stride = x.stride(0);
+    parallel_rows(m, w.k, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        kernel.convert_row(dtype, at(px, t * stride, dtype), DType::kFloat32, wide_x.data() + t * w.k, w.k);
+      }
+    });
+    args.x = wide_x.data();
+    args.ldx = w.k;
+  }
+  if (bias.has_value()) {
+    args.bias = data<float>(*bias);
+    if (dtype != DType::kFloat32) {
+      wide_bias.resize(static_cast<size_t>(w.n));
+      kernel.convert_row(dtype, bias->const_data_ptr(), DType::kFloat32, wide_bias.data(), w.n);
+      args.bias = wide_bias.data();
+    }
+  }
+  void* py = y.mutable_data_ptr();
+  parallel_rows(num_panels(w.n), 2 * (m + 1) * w.k * kPanel, [&](int64_t begin, int64_t end) {
+    GemmArgs part = args;
+    float* panel = thread_scratch_floats(w.k * kPanel);
+    part.weight = panel;
+    part.panel_begin = 0;
+    part.panel_end = 1;
+    for (int64_t p = begin; p < end; ++p) {
+      pack_one(kernel, w, p, DType::kFloat32, panel);
+      part.n = w.n - p * kPanel < kPanel ? w.n - p * kPanel : kPanel;
+      part.bias = args.bias == nullptr ? nullptr : args.bias + p * kPanel;
+      part.y = at(py, p * kPanel, dtype);
+      kernel.gemm(part);
+    }
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace gpt2rt
+
+STABLE_TORCH_LIBRARY_IMPL(gpt2rt, CPU, m) {
+  m.impl("linear", TORCH_BOX(&gpt2rt::linear));
+  m.impl("pack_linear", TORCH_BOX(&gpt2rt::pack_linear));
+}

@@ -1,0 +1,34 @@
+"""The exceptions that gpt2rt raises on purpose.
+
+Each one belongs to the family that transformers raises in the same place (``OSError`` for files, ``ValueError`` for
+arguments), so code written for transformers catches them too. A message says what was wrong, with the value, what was
+expected, and how to mend it.
+"""
+
+
+class CheckpointError(OSError):
+    """A checkpoint, config or tokenizer file is missing, unreachable, damaged or does not fit the model."""
+
+
+class ConfigError(ValueError):
+    """A model configuration breaks one of its rules; the message names field, value and rule."""
+
+
+class TokenizerError(ValueError):
+    """A tokenizer's files are damaged or unsafe, or a text cannot be tokenised."""
+
+
+class RequestError(ValueError):
+    """One generation request is invalid; it fails alone and before any work is done for it."""
+
+
+class NumericsError(RuntimeError):
+    """A computation for one sequence produced NaN or infinity."""
+
+
+class CacheFullError(RuntimeError):
+    """The KV cache cannot hold what was asked of it."""
+
+
+class OutOfBlocksError(CacheFullError):
+    """The block pool has fewer free blocks than an allocation needs; nothing was allocated."""

@@ -1,0 +1,37 @@
+"""The only door to gpt2rt's kernels: one function per op, with its checks, its schema and its documentation."""
+
+from ._library import ExtensionStatus, extension_status, op_forms
+from .activation import bias_gelu_new
+from .attention import paged_decode_attention, paged_prefill_attention, write_kv
+from .block_pool import block_pool_allocate, block_pool_free, block_pool_incref, new_block_pool
+from .embedding import embedding
+from .linear import PANEL, linear, pack_linear, packed_linear_bytes
+from .norm import add_layer_norm, layer_norm
+from .step import cpu_isa, cpu_step, cpu_step_workspace_bytes
+
+__all__ = [
+    "PANEL",
+    "ExtensionStatus",
+    "add_layer_norm",
+    "bias_gelu_new",
+    "block_pool_allocate",
+    "block_pool_free",
+    "block_pool_incref",
+    "cpu_isa",
+    "cpu_step",
+    "cpu_step_workspace_bytes",
+    "embedding",
+    "extension_status",
+    "layer_norm",
+    "linear",
+    "new_block_pool",
+    "op_forms",
+    "pack_linear",
+    "packed_linear_bytes",
+    "paged_decode_attention",
+    "paged_prefill_attention",
+    "write_kv",
+]
+
+# the schemas exist now: let C++ register its forms for them
+extension_status()

@@ -1,0 +1,61 @@
+"""Argument checks shared by the ops: they run before any work, on shapes and dtypes only (no device sync)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_rows(op: str, name: str, x: Tensor) -> None:
+    """``x`` is [num_tokens, n] in a storage dtype with contiguous rows."""
+    if x.dim() != 2:
+        raise ValueError(f"{op}: {name} must be [num_tokens, n], got {list(x.shape)}; flatten the leading dimensions")
+    check_storage_dtype(op, name, x)
+    if x.size(1) > 1 and x.stride(1) != 1:
+        raise ValueError(f"{op}: rows of {name} must be contiguous, got stride {x.stride(1)}; call .contiguous()")
+
+
+def check_storage_dtype(op: str, name: str, x: Tensor) -> None:
+    if x.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected float32, float16 or bfloat16")
+
+
+def check_like(op: str, name: str, x: Tensor, shape: tuple[int, ...], like: Tensor, hint: str = "") -> None:
+    """``x`` has this shape and the dtype and device of ``like``."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {list(shape)}{hint and '; ' + hint}")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {like.dtype}; cast one of them with .to()")
+    check_device(op, name, x, like)
+
+
+def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, expected {like.device}; move it with .to()")
+
+
+def check_index(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
+    """``x`` is a contiguous integer tensor of this shape and dtype on the device of ``like``."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {list(shape)}")
+    if x.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {dtype}")
+    if not x.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {list(x.stride())}; call .contiguous()")
+    check_device(op, name, x, like)
+
+
+def check_caches(op: str, key_cache: Tensor, value_cache: Tensor, n_head: int, head_dim: int, like: Tensor) -> None:
+    """Both caches are contiguous [num_blocks, n_head, block_size, head_dim] in the dtype of ``like``."""
+    if key_cache.dim() != 4 or key_cache.size(1) != n_head or key_cache.size(3) != head_dim:
+        raise ValueError(
+            f"{op}: key_cache has shape {list(key_cache.shape)}, "
+            f"expected [num_blocks, {n_head}, block_size, {head_dim}]"
+        )
+    check_like(op, "key_cache", key_cache, tuple(key_cache.shape), like)
+    check_like(op, "value_cache", value_cache, tuple(key_cache.shape), key_cache)
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if not cache.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {list(cache.stride())}")

@@ -1,0 +1,73 @@
+"""A whole forward step on the CPU in one call of C++ (csrc/step).
+
+The plan is a table of nodes, the weights are one arena of packed panels: see ``gpt2rt.graph.cpu``, which builds both.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._library import define, extension_status
+
+
+def _cpu_step_fake(
+    plan: Tensor,
+    arena: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    logits_indices: Tensor,
+    kv_cache: Tensor,
+    workspace: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    num_threads: int,
+) -> None:
+    return None
+
+
+def _no_trace(*args):
+    raise NotImplementedError("this op's result is a host value and cannot be traced; call it outside torch.compile")
+
+
+#: the raw op; arguments as in its schema. It checks every index and offset before any work.
+cpu_step = define(
+    "cpu_step",
+    "(Tensor plan, Tensor arena, Tensor wte, Tensor wpe, Tensor input_ids, Tensor position_ids, "
+    "Tensor query_start_loc, Tensor seq_lens, Tensor block_table, Tensor slot_mapping, Tensor logits_indices, "
+    "Tensor(a!) kv_cache, Tensor(b!) workspace, Tensor(c!) logits, Tensor(d!) hidden, int num_threads) -> ()",
+    reference=None,
+    fake=_cpu_step_fake,
+)
+
+_workspace_bytes = define(
+    "cpu_step_workspace_bytes",
+    "(Tensor plan, int num_tokens, int num_logits) -> int",
+    reference=None,
+    fake=_no_trace,
+)
+_cpu_isa = define("cpu_isa", "() -> str", reference=None, fake=_no_trace)
+
+
+def cpu_step_workspace_bytes(plan: Tensor, num_tokens: int, num_logits: int) -> int:
+    """Bytes of scratch memory that :data:`cpu_step` needs for this many tokens and rows of logits."""
+    return _workspace_bytes(plan, num_tokens, num_logits)
+
+
+def cpu_isa() -> str:
+    """The instruction set that the C++ kernels use: "avx512", "avx2" or "portable".
+
+    ``GPT2RT_CPU_ISA`` forces a lower one.
+
+    Raises:
+        RuntimeError: ``GPT2RT_CPU_ISA`` names none of them or one that this CPU lacks, or the extension is missing.
+    """
+    status = extension_status()
+    if not status.loaded:
+        raise RuntimeError(f"the C++ extension is missing: {status.reason}")
+    return _cpu_isa()

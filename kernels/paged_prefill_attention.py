@@ -1,0 +1,185 @@
+"""Causal attention of a step's queries over the paged cache, for ragged batches (prompts, and chunks of prompts).
+
+    y_i = sum_j softmax_j(scale * q_i . k_j) v_j       over positions j <= position of query i
+
+Query i of sequence s stands at position ``seq_lens[s] - query_len[s] + i``; keys and values of the step are already in
+the cache. One program owns a tile of queries of one head and runs over tiles of keys with a running maximum m and
+running sum l:
+
+    m' = max(m, max_j s_j);  p_j = exp(s_j - m')
+    l' = l exp(m - m') + sum_j p_j;  acc' = acc exp(m - m') + sum_j p_j v_j;  y = acc / l  at the end
+
+Sources: Vaswani et al., arXiv:1706.03762; online softmax: Milakov & Gimelshein, arXiv:1805.02867, and Dao et al.,
+arXiv:2205.14135; paging: Kwon et al., arXiv:2309.06180.
+
+Shapes: query, y [num_tokens, n_head, head_dim]; caches [num_blocks, n_head, block_size, head_dim]; block_table
+[num_seqs, max_blocks_per_seq] int32; seq_lens [num_seqs], query_start_loc [num_seqs + 1] int32. Products of float16 and
+bfloat16 run on tensor cores with float32 sums; softmax is float32; ``scale`` multiplies the float32 score rather than
+the query, which would have to be rounded to the storage dtype once more.
+
+Key tiles start at absolute positions 0, BLOCK_N, 2 BLOCK_N, ..., and a tile that lies in a query's future leaves its m,
+l and acc untouched bit for bit. So a row depends neither on the other rows nor on how the prompt was cut into chunks.
+
+A block id outside the cache cannot raise on a device without waiting for it: rows that see such a block become NaN, and
+nothing is read outside the cache. Rows of ``query`` after ``query_start_loc[-1]`` are not computed.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import OPTIONS, on_device
+from .refs import paged_prefill_attention_ref
+
+__all__ = ["paged_prefill_attention_ref", "paged_prefill_attention_triton"]
+
+
+class Tile(NamedTuple):
+    """Tile sizes and launch options."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# by bytes per element: (largest padded head_dim, tile), the first that fits; starting points, not tuned on a device
+# yet. Never by the length of the queries: the same row must take the same instructions in every batch
+TILES = {
+    2: ((64, Tile(64, 64, 4, 2)), (128, Tile(64, 32, 4, 2)), (256, Tile(64, 32, 8, 2))),
+    4: ((64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)), (256, Tile(16, 16, 4, 1))),
+}
+
+
+@triton.jit(do_not_specialize=["num_blocks", "max_blocks_per_seq"])
+def _paged_prefill_attention_kernel(
+    query_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    query_start_loc_ptr,
+    y_ptr,
+    num_blocks,
+    max_blocks_per_seq,
+    stride_qt,
+    stride_qh,
+    stride_table,
+    score_scale,  # scale * log2(e): the softmax runs on exp2
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    sequence = tl.program_id(2)
+    head = tl.program_id(1)
+    # the last tile of a prompt has the most keys: first things first
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    start = tl.load(query_start_loc_ptr + sequence)
+    query_len = tl.load(query_start_loc_ptr + sequence + 1) - start
+    if first_row >= query_len:
+        return
+    seq_len = tl.load(seq_lens_ptr + sequence)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    positions = seq_len - query_len + rows  # [BLOCK_M], of the queries
+    dims = tl.arange(0, BLOCK_D)
+    row_mask = rows < query_len
+    dim_mask = dims < D
+    # int64: token * stride and block * block elements pass 2**31
+    tokens = (start + rows).to(tl.int64)
+    query = tl.load(
+        query_ptr + tokens[:, None] * stride_qt + head * stride_qh + dims[None, :],
+        mask=row_mask[:, None] & dim_mask[None, :],
+        other=0.0,
+    )  # [BLOCK_M, BLOCK_D]
+    table_ptr = block_table_ptr + sequence.to(tl.int64) * stride_table
+
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    weight_sum = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    num_keys = tl.minimum(seq_len, seq_len - query_len + first_row + BLOCK_M)
+    for first_key in range(0, num_keys, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        in_table = (keys < seq_len) & (keys // BLOCK_SIZE < max_blocks_per_seq)
+        block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=in_table, other=-1)
+        present = (block >= 0) & (block < num_blocks)  # [BLOCK_N]
+        offsets = ((block.to(tl.int64) * H + head) * BLOCK_SIZE + keys % BLOCK_SIZE) * D
+        key = tl.load(
+            key_cache_ptr + offsets[None, :] + dims[:, None], mask=present[None, :] & dim_mask[:, None], other=0.0
+        )  # [BLOCK_D, BLOCK_N]
+        # "ieee" keeps float32 from being rounded to TF32
+        scores = tl.dot(query, key, input_precision="ieee") * score_scale  # [BLOCK_M, BLOCK_N]
+        # a key that should be there and is not poisons the rows that see it
+        scores = tl.where(present[None, :], scores, float("nan"))
+        scores = tl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
+        # position 0 is visible to every row, so the maximum is a number from the first tile on
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        decay = tl.exp2(highest - new_highest)
+        weight_sum = weight_sum * decay + tl.sum(weights, 1)
+        value = tl.load(
+            value_cache_ptr + offsets[:, None] + dims[None, :], mask=present[:, None] & dim_mask[None, :], other=0.0
+        )  # [BLOCK_N, BLOCK_D]
+        total = tl.dot(weights.to(value.dtype), value, total * decay[:, None], input_precision="ieee")
+        highest = new_highest
+
+    y = total / weight_sum[:, None]
+    tl.store(y_ptr + (tokens[:, None] * H + head) * D + dims[None, :], y, mask=row_mask[:, None] & dim_mask[None, :])
+
+
+def paged_prefill_attention_triton(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    scale: float,
+) -> Tensor:
+    """Launch ``paged_prefill_attention``. Shapes and dtypes were checked by ``gpt2rt.ops``.
+
+    Raises:
+        ValueError: ``head_dim`` is above 256.
+    """
+    num_tokens, n_head, head_dim = query.shape
+    num_blocks, _, block_size, _ = key_cache.shape
+    # tl.dot needs tiles of 16 and more
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    if block_d > 256:
+        raise ValueError(f"paged_prefill_attention: head_dim is {head_dim}, expected at most 256")
+    tile = next(t for most, t in TILES[query.element_size()] if block_d <= most)
+    y = torch.empty((num_tokens, n_head, head_dim), dtype=query.dtype, device=query.device)
+    if num_tokens:
+        with on_device(query):
+            _paged_prefill_attention_kernel[(triton.cdiv(max_query_len, tile.block_m), n_head, seq_lens.shape[0])](
+                query,
+                key_cache,
+                value_cache,
+                block_table,
+                seq_lens,
+                query_start_loc,
+                y,
+                num_blocks,
+                block_table.shape[1],
+                query.stride(0),
+                query.stride(1),
+                block_table.stride(0),
+                scale * math.log2(math.e),
+                H=n_head,
+                D=head_dim,
+                BLOCK_SIZE=block_size,
+                BLOCK_D=block_d,
+                BLOCK_M=tile.block_m,
+                BLOCK_N=tile.block_n,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                **OPTIONS,
+            )
+    return y

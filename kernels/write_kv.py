@@ -1,0 +1,86 @@
+"""Writes the keys and values of a step's tokens to their slots of the paged cache.
+
+    key_cache[slot // block_size, :, slot % block_size, :] = key[t]      with slot = slot_mapping[t]
+    value_cache[...] = value[t]
+
+Paging: Kwon et al., arXiv:2309.06180. Shapes: key, value [num_tokens, n_head, head_dim], views into a qkv matrix with
+contiguous head rows; caches [num_blocks, n_head, block_size, head_dim]; slot_mapping [num_tokens] int64, -1 = skip.
+A slot outside the cache cannot raise on a device without waiting for it: it is skipped, and nothing is written outside
+the cache. Pure copies: the result is exact.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import OPTIONS, on_device
+from .refs import write_kv_ref
+
+__all__ = ["write_kv_ref", "write_kv_triton"]
+
+# elements of key (and of value) that a program copies; starting point, not tuned on a device yet: with 4 warps that is
+# one 16-byte load a thread in float16
+TILE = 1024
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _write_kv_kernel(
+    key_ptr,
+    value_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    slot_mapping_ptr,
+    num_slots,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping_ptr + token)  # int64, so the cache offsets are int64 as well
+    if (slot >= 0) & (slot < num_slots):
+        heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        dims = tl.arange(0, BLOCK_D)
+        mask = (heads < H)[:, None] & (dims < D)[None, :]
+        rows = ((slot // BLOCK_SIZE) * H + heads) * BLOCK_SIZE + slot % BLOCK_SIZE
+        target = rows[:, None] * D + dims[None, :]  # [BLOCK_H, BLOCK_D]
+        key = tl.load(key_ptr + token * stride_kt + heads[:, None] * stride_kh + dims[None, :], mask=mask, other=0.0)
+        tl.store(key_cache_ptr + target, key, mask=mask)
+        value = tl.load(
+            value_ptr + token * stride_vt + heads[:, None] * stride_vh + dims[None, :], mask=mask, other=0.0
+        )
+        tl.store(value_cache_ptr + target, value, mask=mask)
+
+
+def write_kv_triton(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Launch ``write_kv``, in place. Shapes and dtypes were checked by ``gpt2rt.ops``."""
+    num_tokens, n_head, head_dim = key.shape
+    num_blocks, _, block_size, _ = key_cache.shape
+    block_d = triton.next_power_of_2(head_dim)
+    block_h = min(triton.next_power_of_2(n_head), max(1, TILE // block_d))
+    if key.numel():
+        with on_device(key):
+            _write_kv_kernel[(num_tokens, triton.cdiv(n_head, block_h))](
+                key,
+                value,
+                key_cache,
+                value_cache,
+                slot_mapping,
+                num_blocks * block_size,
+                key.stride(0),
+                key.stride(1),
+                value.stride(0),
+                value.stride(1),
+                H=n_head,
+                D=head_dim,
+                BLOCK_SIZE=block_size,
+                BLOCK_H=block_h,
+                BLOCK_D=block_d,
+                num_warps=4,
+                **OPTIONS,
+            )
