@@ -1,0 +1,166 @@
+"""Paged KV tensors and the block tables of the sequences that live in them.
+
+Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
+arXiv:2309.06180, section 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .block_pool import BlockPool
+
+
+class PagedKVCache:
+    """Keys and values of all layers, in blocks of ``block_size`` tokens.
+
+    Args:
+        n_layer: layers of the model.
+        n_head: attention heads.
+        head_dim: width of one head.
+        num_blocks: blocks in the pool.
+        block_size: tokens in a block.
+        dtype: storage dtype: float32, float16 or bfloat16.
+        device: where the tensors live.
+
+    Attributes:
+        data: [n_layer, 2, num_blocks, n_head, block_size, head_dim]; index 0 of the second dimension holds keys,
+            1 values.
+        pool: which blocks are in use.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(
+        self,
+        n_layer: int,
+        n_head: int,
+        head_dim: int,
+        num_blocks: int,
+        *,
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value in (("n_layer", n_layer), ("n_head", n_head), ("head_dim", head_dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if block_size < 8 or block_size & (block_size - 1):
+            raise ValueError(f"block_size must be a power of two >= 8, got {block_size}; use 16, the default")
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        # unwritten slots are never read: attention stops at each sequence's length
+        self.data = torch.empty((n_layer, 2, num_blocks, n_head, block_size, head_dim), dtype=dtype, device=device)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that a sequence of ``num_tokens`` tokens occupies."""
+        return -(-num_tokens // self.block_size)
+
+    def key_cache(self, layer: int) -> Tensor:
+        """[num_blocks, n_head, block_size, head_dim], a view."""
+        return self.data[layer, 0]
+
+    def value_cache(self, layer: int) -> Tensor:
+        """[num_blocks, n_head, block_size, head_dim], a view."""
+        return self.data[layer, 1]
+
+    def __repr__(self) -> str:
+        megabytes = self.data.numel() * self.data.element_size() / 1e6
+        return f"PagedKVCache({self.pool!r}, block_size={self.block_size}, {self.data.dtype}, {megabytes:.1f} MB)"
+
+
+class Sequence:
+    """The block table of one sequence: which blocks hold its tokens, in order.
+
+    A sequence holds one reference to each of its blocks until :meth:`free`, which may be called again.
+
+    Args:
+        cache: where its keys and values live.
+
+    Attributes:
+        blocks: physical block ids in logical order.
+        length: tokens in the cache (or reserved by :meth:`append`).
+    """
+
+    def __init__(self, cache: PagedKVCache) -> None:
+        self.cache = cache
+        self.blocks: list[int] = []
+        self.length = 0
+        # the last block may be shared with a fork: look before writing to it
+        self._tail_may_be_shared = False
+
+    def append(self, num_tokens: int) -> list[int]:
+        """Reserve room for the next tokens and return their slots.
+
+        A last block that is shared with a fork is copied first (copy on write).
+
+        Args:
+            num_tokens: how many, at least 0.
+
+        Returns:
+            ``num_tokens`` slots, ``block_id * block_size + offset``.
+
+        Raises:
+            ValueError: ``num_tokens`` is negative.
+            OutOfBlocksError: the pool cannot give the blocks; nothing is changed.
+        """
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
+        pool, size = self.cache.pool, self.cache.block_size
+        start, stop = self.length, self.length + num_tokens
+        copy_tail = False
+        if self._tail_may_be_shared and num_tokens:
+            copy_tail = start % size != 0 and pool.reference_count(self.blocks[-1]) > 1
+        missing = self.cache.blocks_for(stop) - len(self.blocks)
+        new = pool.allocate(missing + copy_tail) if missing + copy_tail > 0 else []
+        if copy_tail:
+            tail = new.pop(0)
+            self.cache.data[:, :, tail].copy_(self.cache.data[:, :, self.blocks[-1]])
+            pool.free([self.blocks[-1]])
+            self.blocks[-1] = tail
+        if num_tokens:
+            self._tail_may_be_shared = False
+        self.blocks.extend(new)
+        self.length = stop
+        if num_tokens == 1:
+            return [self.blocks[-1] * size + start % size]
+        return [self.blocks[i // size] * size + i % size for i in range(start, stop)]
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from ``length`` on and free the blocks that held only those.
+
+        Raises:
+            ValueError: ``length`` is negative or more than the sequence has.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length must lie in [0, {self.length}], got {length}")
+        keep = self.cache.blocks_for(length)
+        if self.blocks[keep:]:
+            self.cache.pool.free(self.blocks[keep:])
+            del self.blocks[keep:]
+            # the block that is last now was full before: a fork may hold it too
+            self._tail_may_be_shared = True
+        self.length = length
+
+    def fork(self) -> Sequence:
+        """A second sequence with the same tokens, sharing all blocks; each copies what it writes to."""
+        self.cache.pool.incref(self.blocks)
+        child = Sequence(self.cache)
+        child.blocks = list(self.blocks)
+        child.length = self.length
+        self._tail_may_be_shared = child._tail_may_be_shared = True
+        return child
+
+    def free(self) -> None:
+        """Give all blocks back."""
+        blocks, self.blocks, self.length = self.blocks, [], 0
+        if blocks:
+            self.cache.pool.free(blocks)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.length} tokens in blocks {self.blocks})"
