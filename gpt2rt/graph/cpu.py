@@ -1,0 +1,237 @@
+"""The cpu executor: a plan as a table of numbers and one arena of packed weights, run by one C++ call a step.
+
+Activations are float32 from the embedding to the logits whatever the weights' storage dtype; keys and values are
+stored in the cache's dtype. Results are bit-equal whatever the batch, its neighbours, the chunks of the prompt and
+the number of threads (csrc/step says how).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import threading
+
+import torch
+from torch import Tensor
+
+from gpt2rt import ops
+from gpt2rt.cache import PagedKVCache
+
+from .arena import allocate_arena
+from .batch import StepBatch, StepOutput
+from .executor import check_step
+from .plan import Attention, Embed, Head, Linear, LinearResidual, Norm, NormLinearAct, NormQKV, NormResidual, Plan
+
+# csrc/step/plan.h reads the same numbers
+_FIELDS = 16
+_EMBED, _NORM_QKV, _ATTENTION, _LINEAR_RESIDUAL, _NORM_LINEAR_ACT, _NORM, _HEAD = range(7)
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ACTIVATION_CODES = {
+    "linear": 0,
+    "gelu_new": 1,
+    "gelu_pytorch_tanh": 1,
+    "gelu_accurate": 1,
+    "gelu": 2,
+    "gelu_python": 2,
+    "relu": 3,
+    "silu": 4,
+    "swish": 4,
+    "tanh": 5,
+    "quick_gelu": 6,
+}
+
+
+def unsupported(plan: Plan) -> str:
+    """Why this executor cannot run a plan, in one clause; empty if it can."""
+    if plan.dtype not in _DTYPE_CODES:
+        return f"the weights are {plan.dtype}"
+    for node in plan.nodes:
+        if isinstance(node, NormLinearAct) and node.activation not in _ACTIVATION_CODES:
+            return f"the C++ step has no activation {node.activation!r}"
+    return ""
+
+
+def _bits(value: float) -> int:
+    """The bits of a float64 as an int64, the only type a plan row holds."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+@dataclasses.dataclass
+class _Vector:
+    offset: int
+    source: Tensor
+
+
+@dataclasses.dataclass
+class _Packed:
+    offset: int
+    num_bytes: int
+    source: Tensor
+
+
+class _Encoder:
+    """Lays a plan out: first every offset, then one allocation, then the packing."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.rows: list[list[int]] = []
+        self.vectors: list[_Vector] = []
+        self.packed: list[_Packed] = []
+        self.size = 0
+        for node in plan.nodes:
+            self._encode(node)
+
+    def _reserve(self, num_bytes: int) -> int:
+        offset = self.size
+        self.size += -(-num_bytes // 64) * 64
+        return offset
+
+    def _vector(self, source: Tensor | None) -> int:
+        if source is None:
+            return -1
+        self.vectors.append(_Vector(self._reserve(source.numel() * 4), source))
+        return self.vectors[-1].offset
+
+    def _norm(self, norm: Norm | None) -> dict[int, int]:
+        if norm is None:
+            return {1: -1, 2: -1}
+        return {1: self._vector(norm.weight), 2: self._vector(norm.bias), 9: _bits(norm.eps)}
+
+    def _linear(self, linear: Linear | None) -> dict[int, int]:
+        if linear is None:
+            return {3: -1, 4: -1}
+        weight = linear.weight
+        num_bytes = ops.packed_linear_bytes(weight.size(0), weight.size(1), weight.dtype)
+        self.packed.append(_Packed(self._reserve(num_bytes), num_bytes, weight))
+        return {
+            3: self.packed[-1].offset,
+            4: self._vector(linear.bias),
+            5: weight.size(1),
+            6: weight.size(0),
+            7: _DTYPE_CODES[weight.dtype],
+        }
+
+    def _row(self, opcode: int, *parts: dict[int, int]) -> None:
+        row = [0] * _FIELDS
+        row[0] = opcode
+        for part in parts:
+            for field, value in part.items():
+                row[field] = value
+        self.rows.append(row)
+
+    def _encode(self, node) -> None:
+        match node:
+            case Embed():
+                self._row(_EMBED, {1: node.wte.size(0), 2: node.wpe.size(0), 3: node.wte.size(1)})
+            case NormQKV():
+                self._row(_NORM_QKV, self._norm(node.norm), self._linear(node.linear), {8: node.layer})
+            case Attention():
+                self._row(_ATTENTION, {1: node.layer, 2: node.n_head, 3: node.head_dim, 4: _bits(node.scale)})
+            case LinearResidual():
+                self._row(_LINEAR_RESIDUAL, self._linear(node.linear))
+            case NormLinearAct():
+                activation = {10: _ACTIVATION_CODES[node.activation]}
+                self._row(_NORM_LINEAR_ACT, self._norm(node.norm), self._linear(node.linear), activation)
+            case NormResidual():
+                self._row(_NORM, self._norm(node.norm), {5: node.norm.weight.numel()})
+            case Head():
+                width = {} if node.linear or not node.norm else {5: node.norm.weight.numel()}
+                self._row(_HEAD, self._norm(node.norm), self._linear(node.linear), width)
+
+    def fill(self) -> Tensor:
+        arena = allocate_arena(max(self.size, 64))
+        for vector in self.vectors:
+            end = vector.offset + vector.source.numel() * 4
+            arena[vector.offset : end].view(torch.float32).copy_(vector.source)
+        for packed in self.packed:
+            ops.pack_linear(packed.source, arena[packed.offset : packed.offset + packed.num_bytes])
+        return arena
+
+
+class CpuExecutor:
+    """Runs steps of a plan in C++.
+
+    The weights are packed here, once: later changes of the model's tensors are not seen. Embedding tables are read
+    from the model's own tensors.
+
+    Args:
+        plan: what to run; weights on CPU.
+        num_threads: 0 = ``GPT2RT_NUM_THREADS`` if set, else ``torch.get_num_threads()`` at each step.
+
+    Raises:
+        ValueError: this executor cannot run the plan (see :func:`unsupported`), or ``num_threads`` is negative.
+        OSError: there is not enough memory for the packed weights.
+    """
+
+    name = "cpu"
+
+    def __init__(self, plan: Plan, *, num_threads: int = 0) -> None:
+        reason = unsupported(plan)
+        if reason:
+            raise ValueError(f"the cpu executor cannot run this model: {reason}; use the eager executor")
+        if num_threads < 0:
+            raise ValueError(f"num_threads must be at least 0, got {num_threads}; 0 chooses")
+        self.plan = plan
+        self.num_threads = num_threads
+        encoder = _Encoder(plan)
+        self._table = torch.tensor(encoder.rows, dtype=torch.int64)
+        self._arena = encoder.fill()
+        embed = plan.nodes[0]
+        assert isinstance(embed, Embed)
+        self._wte, self._wpe = embed.wte.detach().contiguous(), embed.wpe.detach().contiguous()
+        head = plan.nodes[-1]
+        assert isinstance(head, Head)
+        self._has_head = head.linear is not None
+        # scratch memory of its own for each thread that calls step
+        self._scratch = threading.local()
+
+    @property
+    def packed_bytes(self) -> int:
+        """Memory that the packed weights take, in bytes."""
+        return self._arena.numel()
+
+    def _workspace(self, num_bytes: int) -> Tensor:
+        workspace = getattr(self._scratch, "workspace", None)
+        if workspace is None or workspace.numel() < num_bytes:
+            # a quarter more, so that a batch which grows by a row now and then does not allocate each time
+            workspace = self._scratch.workspace = allocate_arena(num_bytes + num_bytes // 4)
+        return workspace
+
+    def step(self, batch: StepBatch, cache: PagedKVCache, *, return_hidden: bool = False) -> StepOutput:
+        """Run one step.
+
+        Args:
+            batch: the tokens.
+            cache: where their keys and values go, and those before them are read.
+            return_hidden: also return the rows after the final norm.
+
+        Returns:
+            Logits (and hidden rows) of ``batch.logits_indices``, float32.
+
+        Raises:
+            ValueError: the batch or the cache does not fit the plan.
+            RuntimeError: an id, position, slot or block lies outside its table; nothing was written.
+        """
+        check_step(self.plan, batch, cache)
+        num_tokens, num_logits = batch.input_ids.numel(), batch.logits_indices.numel()
+        workspace = self._workspace(ops.cpu_step_workspace_bytes(self._table, num_tokens, num_logits))
+        logits = torch.empty((num_logits if self._has_head else 0, self.plan.vocab_size), dtype=torch.float32)
+        hidden = torch.empty((num_logits if return_hidden else 0, self.plan.n_embd), dtype=torch.float32)
+        ops.cpu_step(
+            self._table,
+            self._arena,
+            self._wte,
+            self._wpe,
+            batch.input_ids,
+            batch.position_ids,
+            batch.query_start_loc,
+            batch.seq_lens,
+            batch.block_table,
+            batch.slot_mapping,
+            batch.logits_indices,
+            cache.data,
+            workspace,
+            logits,
+            hidden,
+            self.num_threads,
+        )
+        return StepOutput(logits if self._has_head else None, hidden if return_hidden else None)

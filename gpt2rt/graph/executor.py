@@ -1,0 +1,92 @@
+"""What an executor is, and the choice of one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from gpt2rt.cache import PagedKVCache
+from gpt2rt.ops import extension_status
+
+from .batch import StepBatch, StepOutput
+from .plan import Plan
+
+
+class Executor(Protocol):
+    """Runs steps of one plan.
+
+    Attributes:
+        name: "eager" or "cpu".
+        plan: what it runs.
+    """
+
+    name: str
+    plan: Plan
+
+    def step(self, batch: StepBatch, cache: PagedKVCache, *, return_hidden: bool = False) -> StepOutput:
+        """Run one step: write the new tokens' keys and values to ``cache``, return the rows asked for."""
+        ...
+
+
+def executor_names() -> tuple[str, ...]:
+    """The executors there are."""
+    return ("eager", "cpu")
+
+
+def _why_not_cpu(plan: Plan) -> str:
+    """Why the cpu executor cannot run this plan; empty if it can."""
+    from .cpu import unsupported
+
+    status = extension_status()
+    if not status.loaded:
+        return status.reason
+    if plan.device.type != "cpu":
+        return f"the weights are on {plan.device}"
+    return unsupported(plan)
+
+
+def make_executor(plan: Plan, name: str | None = None, *, num_threads: int = 0) -> Executor:
+    """The fastest executor for a plan, or the one named.
+
+    Args:
+        plan: what to run.
+        name: "eager" (ops one by one, any device), "cpu" (a step in one C++ call) or None to choose.
+        num_threads: threads of the cpu executor; 0 = ``GPT2RT_NUM_THREADS``, else ``torch.get_num_threads()``.
+
+    Raises:
+        ValueError: no such executor, or it cannot run this plan (the message says why).
+    """
+    if name not in (None, *executor_names()):
+        raise ValueError(f"there is no executor {name!r}; choose one of {', '.join(executor_names())}")
+    reason = _why_not_cpu(plan) if name != "eager" else ""
+    if name == "cpu" and reason:
+        raise ValueError(f"the cpu executor cannot run this model: {reason}; use the eager executor")
+    if name == "eager" or reason:
+        from .eager import EagerExecutor
+
+        return EagerExecutor(plan)
+    from .cpu import CpuExecutor
+
+    return CpuExecutor(plan, num_threads=num_threads)
+
+
+def check_step(plan: Plan, batch: StepBatch, cache: PagedKVCache) -> None:
+    """The cache and the batch belong to this plan.
+
+    Raises:
+        ValueError: a size, dtype or device does not fit.
+    """
+    n_layer, _, _, n_head, _, head_dim = cache.data.shape
+    if (n_layer, n_head, head_dim) != (plan.n_layer, plan.n_head, plan.head_dim):
+        raise ValueError(
+            f"the cache is for {n_layer} layers of {n_head} heads of {head_dim}, the plan has {plan.n_layer} layers of "
+            f"{plan.n_head} heads of {plan.head_dim}"
+        )
+    if batch.max_seq_len > plan.n_positions:
+        raise ValueError(
+            f"a sequence of {batch.max_seq_len} tokens exceeds the model's n_positions={plan.n_positions}; shorten it"
+        )
+    if batch.input_ids.device != cache.data.device or cache.data.device != plan.device:
+        raise ValueError(
+            f"the batch is on {batch.input_ids.device}, the cache on {cache.data.device} and the weights on "
+            f"{plan.device}; all three must be on one device"
+        )
