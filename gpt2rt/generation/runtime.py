@@ -1,0 +1,120 @@
+"""The executor of a model: made from its weights when first needed, and again when they have changed."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2rt.graph import Executor, Plan, build_plan, executor_names, make_executor
+
+# elements of each parameter that are compared, to notice changes that torch does not count
+_SAMPLES = 8
+
+# keyed weakly, and beside the model rather than in it: a model stays copyable and picklable
+_RUNTIMES: weakref.WeakKeyDictionary[nn.Module, _Runtime] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+class _Runtime:
+    """What is kept for one model."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        # by name, and the one chosen automatically also under None
+        self.executors: dict[str | None, Executor] = {}
+        self.preferred: str | None = None
+        self.warned = False
+        self._identity: Any = None
+        self._samples: list[Tensor] = []
+        self._content: Any = None
+
+    def weights_changed(self, model: Any) -> bool:
+        """Whether weights, their place or the config differ from the last call."""
+        parameters = _parameters(model)
+        # tensors made in inference mode have no version
+        versions = [-1 if p.is_inference() else p._version for p in parameters]
+        identity = [p.data_ptr() for p in parameters], versions, [p.dtype for p in parameters], dict(vars(model.config))
+        if identity != self._identity:
+            self._identity, self._samples = identity, _samples(parameters)
+            self._content = self._read()
+            return True
+        # writes through .data change neither place nor version, so look at a few elements as well
+        content = self._read()
+        if content == self._content:
+            return False
+        self._content = content
+        return True
+
+    def _read(self) -> Any:
+        # as bytes, so that NaN equals itself
+        return torch.cat(self._samples).view(torch.uint8).cpu().numpy().tobytes() if self._samples else None
+
+
+def _parameters(module: nn.Module) -> list[Tensor]:
+    """All parameters, tied ones as often as they stand; ten times faster than ``module.parameters()``."""
+    found: list[Tensor] = [parameter for parameter in module._parameters.values() if parameter is not None]
+    for child in module._modules.values():
+        if child is not None:
+            found += _parameters(child)
+    return found
+
+
+def _samples(parameters: list[Tensor]) -> list[Tensor]:
+    """Views of a few elements of each parameter."""
+    first = parameters[0]
+    return [
+        p.detach().reshape(-1)[:: p.numel() // _SAMPLES | 1][: _SAMPLES + 1]
+        for p in parameters
+        # weights of several dtypes or devices are refused when the plan is built
+        if p.dtype == first.dtype and p.device == first.device
+    ]
+
+
+def _build_plan(model: Any) -> Plan:
+    return build_plan(model.config, model.graph_weights(), model.base_model.h[0].mlp.act)
+
+
+def _warn_of_hooks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if name and (module._forward_hooks or module._forward_pre_hooks):
+            warnings.warn(
+                f"{name} has forward hooks, which generate() does not run: it computes the model as one graph; "
+                "call the model's forward for them",
+                stacklevel=4,
+            )
+            return
+
+
+def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> Executor:
+    """The executor that runs a model's generation steps.
+
+    Args:
+        model: a model with ``config``, ``graph_weights()`` and blocks.
+        name: "cpu" or "eager", which is also used from now on; None: the one chosen before, else the fastest.
+        rebuild: make it anew although no change of the weights was noticed.
+
+    Raises:
+        ValueError: there is no such executor, or it cannot run this model.
+    """
+    if name is not None and name not in executor_names():
+        raise ValueError(f"there is no executor {name!r}; choose one of {', '.join(executor_names())}")
+    with _LOCK:
+        runtime = _RUNTIMES.setdefault(model, _Runtime())
+    with runtime.lock:
+        if runtime.weights_changed(model) or rebuild:
+            # the old ones go first: both together might not fit
+            runtime.executors.clear()
+        if not runtime.warned:
+            runtime.warned = True
+            _warn_of_hooks(model)
+        wanted = name or runtime.preferred
+        if wanted not in runtime.executors:
+            executor = make_executor(_build_plan(model), wanted)
+            runtime.executors[wanted] = runtime.executors.setdefault(executor.name, executor)
+        runtime.preferred = wanted
+        return runtime.executors[wanted]

@@ -1,0 +1,97 @@
+"""The choice of the next token from its scores, row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt2rt.errors import NumericsError, RequestError
+
+
+def check_logits(logits: Tensor, rows: Sequence[int]) -> None:
+    """Every logit of the model is finite.
+
+    Args:
+        logits: [num_rows, vocab_size] float32.
+        rows: the name of each row, for the message.
+
+    Raises:
+        NumericsError: a row holds NaN or infinity.
+    """
+    # one cheap reduction: a sum is finite only if its terms are; one of finite terms that overflows is looked into
+    if math.isfinite(logits.sum().item()):
+        return
+    bad = (~torch.isfinite(logits)).sum(dim=-1).tolist()
+    for row, count in zip(rows, bad, strict=True):
+        if count:
+            raise NumericsError(
+                f"row {row}: {count} of {logits.size(-1)} logits are NaN or infinite; the weights are damaged or "
+                "overflow their dtype (try dtype=torch.float32)"
+            )
+
+
+def check_scores(scores: Tensor, rows: Sequence[int]) -> None:
+    """Each row's largest score is a number.
+
+    Args:
+        scores: [num_rows, vocab_size] float32, -inf for excluded tokens.
+        rows: the name of each row, for the message.
+
+    Raises:
+        RequestError: every token of a row is excluded.
+        NumericsError: a row holds NaN or plus infinity.
+    """
+    for row, value in zip(rows, scores.amax(dim=-1).tolist(), strict=True):
+        if value == -math.inf:
+            raise RequestError(
+                f"row {row}: every token is excluded; loosen bad_words_ids, suppress_tokens, no_repeat_ngram_size or "
+                "your own logits processors"
+            )
+        if not math.isfinite(value):
+            raise NumericsError(f"row {row}: the scores hold {value} after the logits processors")
+
+
+def greedy(scores: Tensor) -> list[int]:
+    """The token with the largest score in each row, the lowest id of equals.
+
+    Args:
+        scores: [num_rows, vocab_size] float32, as :func:`check_scores` accepts them.
+    """
+    if scores.device.type == "cpu":
+        # 3 us for 50257 scores; torch's argmax takes 100 us
+        return scores.numpy().argmax(axis=1).tolist()
+    return scores.argmax(dim=-1).tolist()
+
+
+def sample(scores: Tensor, uniforms: Sequence[float]) -> list[int]:
+    """A token of each row drawn from softmax(scores) by inverting its cumulative distribution.
+
+    The probabilities are summed in vocabulary order in float64; the token is the first whose sum exceeds the row's
+    uniform number times the total. A row's token depends on its own scores and number alone.
+
+    Args:
+        scores: [num_rows, vocab_size] float32, as :func:`check_scores` accepts them.
+        uniforms: a number in [0, 1) for each row.
+    """
+    if scores.device.type == "cpu":
+        return [_draw(row, number) for row, number in zip(scores, uniforms, strict=True)]
+    cumulative = torch.softmax(scores, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    target = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)[:, None] * total
+    # the product can round up to the total, which no token exceeds
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).tolist()
+
+
+def _draw(scores: Tensor, number: float) -> int:
+    """As :func:`sample`, for one row [vocab_size] on the CPU; excluded tokens cost nothing."""
+    kept = np.flatnonzero(scores.numpy() != -np.inf)
+    values = scores if kept.size == scores.numel() else scores[torch.from_numpy(kept)]
+    cumulative = torch.softmax(values, dim=-1).cumsum(dim=-1, dtype=torch.float64).numpy()
+    total = float(cumulative[-1])
+    target = min(number * total, math.nextafter(total, 0.0))
+    return int(kept[cumulative.searchsorted(target, side="right")])

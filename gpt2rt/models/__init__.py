@@ -1,0 +1,32 @@
+"""The model classes, with transformers' names and forward contract, and what they take and return."""
+
+from .cache import DynamicCache, EncoderDecoderCache
+from .gpt2 import GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
+from .gpt2_blocks import GPT2MLP, GPT2Attention, GPT2Block
+from .inputs import InputRangeError
+from .layers import ACT2FN, Conv1D, get_activation
+from .outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+    ModelOutput,
+)
+from .pretrained import PreTrainedModel
+
+__all__ = [
+    "ACT2FN",
+    "GPT2MLP",
+    "BaseModelOutputWithPastAndCrossAttentions",
+    "CausalLMOutputWithCrossAttentions",
+    "Conv1D",
+    "DynamicCache",
+    "EncoderDecoderCache",
+    "GPT2Attention",
+    "GPT2Block",
+    "GPT2LMHeadModel",
+    "GPT2Model",
+    "GPT2PreTrainedModel",
+    "InputRangeError",
+    "ModelOutput",
+    "PreTrainedModel",
+    "get_activation",
+]

@@ -1,0 +1,400 @@
+"""GPT-2: the bare model and the language model.
+
+    x = wte[ids] + wpe[positions]
+    x = h.0(x), h.1(x), ...           (gpt2_blocks.py)
+    logits = lm_head(ln_f(x))
+
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Names of modules and parameters,
+arguments of forward and its results are those of transformers. Here the layers call each other one by one, so that
+hooks, masks, gradients and intermediate results all work; ``generate`` runs the same weights as one graph, made from
+``graph_weights``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpt2rt import ops
+from gpt2rt.config import GPT2Config
+from gpt2rt.generation import GenerationMixin
+
+from .attention import AttentionMask, cross_attention_mask, self_attention_mask
+from .cache import DynamicCache, EncoderDecoderCache, as_cache
+from .gpt2_blocks import GPT2MLP, GPT2Attention, GPT2Block
+from .inputs import (
+    as_batch,
+    check_ids,
+    check_input,
+    check_length,
+    layer_head_masks,
+    reject_unknown,
+    selected_layers,
+)
+from .layers import Conv1D, LayerNorm, is_plain, project, runs_kernels
+from .lm_head import causal_lm_loss, keep_positions
+from .outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
+from .pretrained import PreTrainedModel
+
+
+class GPT2PreTrainedModel(PreTrainedModel):
+    """What all GPT-2 classes share: config class, initialisation, gradient checkpointing."""
+
+    config_class = GPT2Config
+    config: GPT2Config
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing: ClassVar[bool] = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | Conv1D):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, GPT2Attention | GPT2MLP):
+            # two layers a block add to the residual stream; Radford et al. (2019), section 2.3
+            nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """In training, keep only each block's input and compute the rest again in the backward pass.
+
+        Args:
+            gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``; ``use_reentrant`` is False by
+                default.
+        """
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        for module in self.modules():
+            if isinstance(module, GPT2Model):
+                module.gradient_checkpointing = kwargs
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep everything for the backward pass again."""
+        for module in self.modules():
+            if isinstance(module, GPT2Model):
+                module.gradient_checkpointing = None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether gradient checkpointing is enabled."""
+        return any(isinstance(m, GPT2Model) and m.gradient_checkpointing is not None for m in self.modules())
+
+
+class GPT2Model(GPT2PreTrainedModel):
+    """GPT-2 without a head: token ids to the hidden states after the final norm.
+
+    Args:
+        config: shape and flags.
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([GPT2Block(config, layer_idx=i) for i in range(config.n_layer)])
+        self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        # arguments for torch's checkpoint function; None: off
+        self.gradient_checkpointing: dict[str, Any] | None = None
+        self.post_init()
+
+    def graph_weights(self) -> dict[str, Tensor]:
+        """The weights by their published names, detached: ``wte.weight``, ``h.0.ln_1.weight``, ..., ``ln_f.bias``."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        head_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The hidden states of every token.
+
+        Args:
+            input_ids: [*leading, seq_len] int64 or int32; or give ``inputs_embeds``. N is the product of ``leading``.
+            past_key_values: what an earlier call returned; a transformers cache; or a tuple of (keys, values) per
+                block. A cache object is appended to in place and returned.
+            attention_mask: over past and new tokens, T in all. [*leading, T]: 1 = attend, 0 = never; causality comes on
+                top. [N, seq_len, T] and [N or 1, n_head or 1, seq_len or 1, T] say for every query what it sees, alone:
+                flags, or floats added to the scores. A token that may see nothing gets zeros from attention.
+            token_type_ids: like ``input_ids``; looked up in the token embedding and added.
+            position_ids: like ``input_ids`` or [1, seq_len]; by default they count on from the past, whatever the
+                mask says. Where they do not go up by one, and there is neither mask nor past, a new sequence starts
+                that does not see the one before it.
+            inputs_embeds: [*leading, seq_len, n_embd] instead of ``input_ids``.
+            encoder_hidden_states: [N, encoder_len, n_embd], for models with ``add_cross_attention``.
+            encoder_attention_mask: [N, encoder_len], [N, seq_len, encoder_len] or with heads, as ``attention_mask``.
+            use_cache: return ``past_key_values``; by default as the config says.
+            head_mask: [n_head] or [n_layer, n_head], factors on the attention probabilities of each head.
+            output_attentions, output_hidden_states, return_dict: what to return, and whether as a
+                ModelOutput or a plain tuple; by default as the config says. ``output_hidden_states`` may also be an
+                index or a list of indices: the others are then None.
+
+        Returns:
+            BaseModelOutputWithPastAndCrossAttentions, or a tuple of its values that are not None.
+
+        Raises:
+            ValueError: arguments that contradict each other, or a shape that does not fit.
+            InputRangeError: a ValueError and IndexError: a token id or position outside the tables, or a sequence
+                longer than ``n_positions``. Values are checked on the CPU only.
+            TypeError: an argument of the wrong kind, or one that does not exist.
+        """
+        reject_unknown(type(self).forward, kwargs)
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        wanted_states = selected_layers(output_hidden_states, config.n_layer + 1)
+        head_masks = layer_head_masks(head_mask, config.n_layer, config.n_head)
+
+        *leading_list, seq_len = check_input(input_ids, inputs_embeds, self.wte.num_embeddings, config.n_embd)
+        leading = tuple(leading_list)
+        batch = math.prod(leading)
+        cache, use_cache = self._cache(past_key_values, use_cache, batch)
+        past_len = 0 if cache is None else int(cache.get_seq_length())
+        positions = self._positions(position_ids, leading, seq_len, past_len)
+        hidden = self._embed(input_ids, inputs_embeds, token_type_ids, positions, leading, seq_len)
+        mask = self_attention_mask(
+            attention_mask,
+            leading,
+            seq_len,
+            past_len,
+            config.n_head,
+            positions if position_ids is not None and past_key_values is None else None,
+            hidden.device,
+        )
+        encoder_hidden_states, encoder_mask = self._encoder(
+            encoder_hidden_states, encoder_attention_mask, cache, batch, seq_len
+        )
+
+        states: list[Tensor | None] = []
+        attentions: list[Tensor | None] = []
+        cross_attentions: list[Tensor | None] = []
+        for i, block in enumerate(self.h):
+            states.append(hidden if i in wanted_states else None)
+            arguments = (hidden, cache, mask, encoder_hidden_states, encoder_mask, head_masks[i], output_attentions)
+            if self.gradient_checkpointing is not None and self.training:
+                hidden, probs, cross_probs = checkpoint(block, *arguments, **self.gradient_checkpointing)
+            else:
+                hidden, probs, cross_probs = block(*arguments)
+            attentions.append(probs)
+            cross_attentions.append(cross_probs)
+        hidden = self.ln_f(hidden).view(*leading, seq_len, config.n_embd)
+        states.append(hidden if config.n_layer in wanted_states else None)
+
+        output = BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(states) if wanted_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=(
+                tuple(cross_attentions) if output_attentions and encoder_hidden_states is not None else None
+            ),
+        )
+        return output if _wants_dict(return_dict, config) else output.to_tuple()
+
+    def _cache(self, past_key_values: Any, use_cache: bool | None, batch: int) -> tuple[Any, bool]:
+        """The cache to work with, and whether to return it; a new one if the caller or the config wants one."""
+        if self.gradient_checkpointing is not None and self.training:
+            if past_key_values is not None:
+                raise ValueError(
+                    "past_key_values cannot be used with gradient checkpointing: blocks run twice and would append to "
+                    "it twice; call model.gradient_checkpointing_disable() or model.eval()"
+                )
+            if use_cache:
+                warnings.warn("use_cache=True has no effect with gradient checkpointing in training", stacklevel=3)
+            return None, False
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = as_cache(past_key_values, self.config.n_layer, batch, self.config)
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        if cache is not None and self.config.add_cross_attention and not hasattr(cache, "cross_attention_cache"):
+            cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
+        return cache, use_cache
+
+    def _positions(self, position_ids: Tensor | None, leading: tuple[int, ...], seq_len: int, past_len: int) -> Tensor:
+        """[batch or 1, seq_len] int64."""
+        n_positions = self.wpe.num_embeddings
+        if position_ids is None:
+            check_length(seq_len, past_len, n_positions)
+            return torch.arange(past_len, past_len + seq_len, device=self.wpe.weight.device).unsqueeze(0)
+        check_ids("position_ids", position_ids, n_positions, "position embedding (n_positions)")
+        return as_batch("position_ids", position_ids, leading, seq_len)
+
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        token_type_ids: Tensor | None,
+        positions: Tensor,
+        leading: tuple[int, ...],
+        seq_len: int,
+    ) -> Tensor:
+        """[batch, seq_len, n_embd], what the first block reads."""
+        wte, wpe = self.wte, self.wpe
+        batch, n_embd = math.prod(leading), self.config.n_embd
+        if input_ids is None:
+            assert inputs_embeds is not None
+            self._check_dtype("inputs_embeds", inputs_embeds)
+            hidden = inputs_embeds.reshape(batch, seq_len, n_embd) + wpe(positions)
+        elif is_plain(wte, nn.Embedding) and is_plain(wpe, nn.Embedding) and runs_kernels(self, wte.weight, wpe.weight):
+            ids = input_ids.reshape(-1).long().contiguous()
+            places = positions.expand(batch, seq_len).reshape(-1).contiguous()
+            rows = ops.embedding(ids, places, wte.weight, wpe.weight)
+            hidden = rows.view(batch, seq_len, n_embd)
+        else:
+            hidden = wte(input_ids.reshape(batch, seq_len)) + wpe(positions)
+        if token_type_ids is not None:
+            check_ids("token_type_ids", token_type_ids, wte.num_embeddings, "vocabulary, where GPT-2 looks types up,")
+            hidden = hidden + wte(as_batch("token_type_ids", token_type_ids, leading, seq_len))
+        return self.drop(hidden)
+
+    def _encoder(
+        self, states: Tensor | None, attention_mask: Tensor | None, cache: Any, batch: int, seq_len: int
+    ) -> tuple[Tensor | None, AttentionMask | None]:
+        """The encoder's states [batch, encoder_len, n_embd] and their mask, or (None, None)."""
+        if states is None:
+            return None, None
+        if not self.config.add_cross_attention:
+            raise ValueError(
+                "If `encoder_hidden_states` are passed, the model has to be instantiated with cross-attention layers "
+                "by setting `config.add_cross_attention=True`"
+            )
+        if states.dim() != 3 or states.size(0) != batch or states.size(2) != self.config.n_embd:
+            raise ValueError(
+                f"encoder_hidden_states has shape {list(states.shape)}, expected [{batch}, encoder_len, "
+                f"{self.config.n_embd}] (batch of the input, ..., n_embd)"
+            )
+        self._check_dtype("encoder_hidden_states", states)
+        encoder_len = states.size(1)
+        if cache is not None and cache.is_updated.get(0):
+            encoder_len = int(cache.cross_attention_cache.get_seq_length())
+        mask = cross_attention_mask(
+            attention_mask, batch, self.config.n_head, seq_len, encoder_len, self.wpe.weight.device
+        )
+        return states, mask
+
+    def _check_dtype(self, name: str, x: Tensor) -> None:
+        if x.dtype != self.wpe.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"{name} is {x.dtype}, but the model is {self.wpe.weight.dtype}; use {name}.to(model.dtype)"
+            )
+
+
+class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
+    """GPT-2 with its language-modelling head; the output layer shares the token embedding unless the config says no.
+
+    Args:
+        config: shape and flags.
+    """
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
+    lm_head: nn.Linear
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.transformer = GPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def graph_weights(self) -> dict[str, Tensor]:
+        """The weights for ``gpt2rt.graph``, detached: those of :meth:`GPT2Model.graph_weights`, and ``lm_head.weight``.
+
+        ``lm_head.weight`` is always there; with tied embeddings it shares the memory of ``wte.weight``.
+        """
+        return {**self.transformer.graph_weights(), "lm_head.weight": self.lm_head.weight.detach()}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        head_mask: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The logits of the next token at every position, and the loss if there are labels.
+
+        Args:
+            labels: like ``input_ids``, -100 = ignored; shifted here, so ``labels=input_ids`` trains a language model.
+            shift_labels: labels that the caller has shifted; taken instead of ``labels``.
+            num_items_in_batch: divide the summed loss by this number instead of taking the mean.
+            logits_to_keep: compute logits only for: the last n positions (int, 0 = all); these positions ([n]); these
+                of each row ([*leading, n] integers); the true ones ([*leading, seq_len] bool; logits are then
+                [num_true, vocab_size]).
+            **others: as in :meth:`GPT2Model.forward`.
+
+        Returns:
+            CausalLMOutputWithCrossAttentions, or a tuple of its values that are not None. Logits have the dtype of the
+            weights; the loss is float32.
+
+        Raises:
+            ValueError, InputRangeError, TypeError: as in :meth:`GPT2Model.forward`.
+        """
+        reject_unknown(type(self).forward, kwargs)
+        base = self.transformer(
+            input_ids,
+            past_key_values,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            use_cache,
+            head_mask=head_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = project(self.lm_head, keep_positions(base.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch)
+        output = CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=base.past_key_values,
+            hidden_states=base.hidden_states,
+            attentions=base.attentions,
+            cross_attentions=base.cross_attentions,
+        )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+def _wants_dict(return_dict: bool | None, config: GPT2Config) -> bool:
+    return config.return_dict if return_dict is None else return_dict

@@ -1,0 +1,495 @@
+"""The base of all models: building, loading, saving, and what they share.
+
+``from_pretrained`` builds the module tree on the meta device, so nothing is allocated or initialised that the
+checkpoint will provide, checks config, key names, shapes and dtypes against the headers of the files, and only then
+reads each tensor straight into its own memory. Either a complete model comes out or an exception.
+"""
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gpt2rt.checkpoint.load import (
+    choose_device,
+    choose_dtype,
+    compare_tied,
+    fill_model,
+    initialize_missing,
+    require_filled,
+)
+from gpt2rt.checkpoint.matching import Match, check_layers, check_tensors, listing, match_names
+from gpt2rt.checkpoint.options import refuse_options
+from gpt2rt.checkpoint.resolve import Source
+from gpt2rt.checkpoint.weights import TensorWeights, Weights, open_weights
+from gpt2rt.config import PretrainedConfig, refuse_remote_code
+from gpt2rt.errors import CheckpointError
+
+from .saving import SavingModel
+
+# names of the attention computation that a model accepts; all give the same numbers within rounding
+ATTENTION_IMPLEMENTATIONS = ("gpt2rt", "eager", "sdpa")
+
+_SKIP_INIT: ContextVar[bool] = ContextVar("gpt2rt_skip_init", default=False)
+
+
+@contextlib.contextmanager
+def no_init_weights() -> Iterator[None]:
+    """Within this block new models keep whatever their parameters were allocated with."""
+    token = _SKIP_INIT.set(True)
+    try:
+        yield
+    finally:
+        _SKIP_INIT.reset(token)
+
+
+class _NoFill(TorchFunctionMode):
+    """Leaves out the in-place fills by which torch's modules initialise themselves.
+
+    On the meta device they have nothing to do, and torch would load its Python decompositions for them, which takes
+    seconds and 150 MB. A mode acts on the current thread only.
+    """
+
+    _FILLS = frozenset({Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # the functions of torch.nn.init arrive here whole, with the tensor by keyword
+        if func in self._FILLS or getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
+class PreTrainedModel(SavingModel):
+    """Base class of all models.
+
+    A subclass sets ``config_class``, defines ``_init_weights(module)`` and calls ``post_init()`` at the end of its
+    ``__init__``. A model with a head keeps the bare model under the attribute named by ``base_model_prefix``.
+
+    Args:
+        config: an instance of ``config_class``; checked again, since its fields can be assigned freely.
+    Raises:
+        TypeError: ``config`` is of another class.
+        ConfigError: a field of ``config`` breaks its rule.
+    """
+
+    config_class: ClassVar[type[PretrainedConfig]] = PretrainedConfig
+    base_model_prefix: ClassVar[str] = "transformer"
+    main_input_name: ClassVar[str] = "input_ids"
+
+    # regular expressions over file keys: buffers that old checkpoints hold and that carry no weights
+    _keys_to_ignore_on_load_unexpected: ClassVar[tuple[str, ...]] = (r"(^|\.)(attn|crossattention)\.(masked_)?bias$",)
+    # heads without which the model would talk nonsense: never made up when the checkpoint lacks them
+    _required_heads: ClassVar[tuple[str, ...]] = ("lm_head.",)
+    # name of the token embedding inside the bare model
+    _input_embedding_name: ClassVar[str] = "wte"
+
+    def __init__(self, config: PretrainedConfig, *inputs: Any, **kwargs: Any) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} needs a {self.config_class.__name__}, got {type(config).__name__}; to load a "
+                f"checkpoint use {type(self).__name__}.from_pretrained(name)"
+            )
+        config.validate()
+        self.config = config
+        self.name_or_path = config.name_or_path
+
+    # ---- initialisation --------------------------------------------------------------------------------------------
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Hook: fill the parameters that ``module`` itself owns; called for children before their parents."""
+        raise NotImplementedError(f"{type(self).__name__} must define _init_weights(module)")
+
+    def post_init(self) -> None:
+        """Initialise the modules that are new since the last call, and tie weights; the last line of ``__init__``."""
+        if not _SKIP_INIT.get():
+            self.initialize_weights()
+        self.tie_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Run ``_init_weights`` once over every module that has not seen it, children first."""
+
+        def visit(module: nn.Module) -> None:
+            if getattr(module, "_weights_initialized", False):
+                return
+            for child in module.children():
+                visit(child)
+            self._init_weights(module)
+            module._weights_initialized = True  # type: ignore[assignment]
+
+        visit(self)
+
+    # ---- what every model answers ----------------------------------------------------------------------------------
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The bare model without a head."""
+        return getattr(self, self.base_model_prefix, self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point parameter."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(self.parameters()).device
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the class has ``generate``."""
+        return callable(getattr(cls, "generate", None))
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of weights; tied ones count once.
+
+        Args:
+            only_trainable: count only parameters that require a gradient.
+            exclude_embeddings: leave out the weights of ``nn.Embedding`` modules.
+        """
+        left_out = set()
+        if exclude_embeddings:
+            left_out = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        return sum(
+            p.numel() for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable)
+        )
+
+    # ---- embeddings ------------------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return getattr(self.base_model, self._input_embedding_name)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding; call :meth:`tie_weights` afterwards if the output layer shares it."""
+        setattr(self.base_model, self._input_embedding_name, value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output layer over the vocabulary, or None."""
+        return getattr(self, "lm_head", None)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output layer over the vocabulary."""
+        self.lm_head = value
+
+    def tie_weights(self) -> None:
+        """Let tied parameters share one tensor, where ``config.tie_word_embeddings`` says so."""
+        for target, source in self._active_ties().items():
+            owner, _, name = target.rpartition(".")
+            setattr(self.get_submodule(owner), name, self.get_parameter(source))
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Change the number of tokens: embedding, output layer and ``config.vocab_size`` together; ties stay.
+
+        Args:
+            new_num_tokens: rows afterwards; None keeps their number.
+            pad_to_multiple_of: round up to a multiple of this.
+            mean_resizing: new rows are the mean of the old ones, so that a new token starts with an average
+                probability; False draws them as for a new model.
+        Returns:
+            the token embedding.
+        Raises:
+            ValueError: a number is not positive.
+        """
+        old = self.get_input_embeddings()
+        if not isinstance(old, nn.Embedding):
+            raise TypeError(f"resize_token_embeddings needs an nn.Embedding, the model has {type(old).__name__}")
+        count = old.num_embeddings if new_num_tokens is None else new_num_tokens
+        for name, value in (("new_num_tokens", count), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} = {value!r}, but it must be an integer >= 1")
+        if pad_to_multiple_of is not None:
+            count = -(-count // pad_to_multiple_of) * pad_to_multiple_of
+        if count == old.num_embeddings:
+            return old
+        head = self.get_output_embeddings()
+        tied = isinstance(head, nn.Module) and getattr(head, "weight", None) is old.weight
+        self._resize_rows(old, count, mean_resizing)
+        old.num_embeddings = count
+        if isinstance(head, nn.Linear):
+            if tied:
+                head.weight = old.weight
+            else:
+                self._resize_rows(head, count, mean_resizing)
+            head.out_features = count
+        self.config.vocab_size = count
+        return old
+
+    @torch.no_grad()
+    def _resize_rows(self, module: nn.Embedding | nn.Linear, count: int, mean_resizing: bool) -> None:
+        """Give ``module.weight`` [rows, n] another number of rows, in place of the old parameter."""
+        old = module.weight
+        weight = old.new_empty(count, old.shape[1])
+        kept = min(count, old.shape[0])
+        weight[:kept] = old[:kept]
+        if count > kept:
+            if mean_resizing:
+                weight[kept:] = old.float().mean(dim=0).to(old.dtype)
+            else:
+                fresh = nn.Embedding(count - kept, old.shape[1], device=old.device, dtype=old.dtype)
+                self._init_weights(fresh)
+                weight[kept:] = fresh.weight
+        module.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+
+    # ---- loading ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        config: PretrainedConfig | str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        use_safetensors: bool | None = None,
+        weights_only: bool = True,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        subfolder: str = "",
+        variant: str | None = None,
+        device: str | int | torch.device | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        generation_config: Any = None,
+        output_loading_info: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        check_finite: bool = True,
+        strict: bool | None = None,
+        trust_remote_code: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A model with the weights of a checkpoint, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder, an embedded id (``gpt2rt/tiny-gpt2``) or a hub id; None with
+                ``config`` and ``state_dict``.
+            *model_args: passed to the class after the config.
+            config: a config, or where to read it, instead of the checkpoint's own; it is copied.
+            cache_dir, force_download, local_files_only, token, revision, subfolder: as in ``huggingface_hub``.
+            ignore_mismatched_sizes: initialise heads (never the bare model) whose shape differs.
+            use_safetensors: True: only safetensors; False: only ``.bin``; None: safetensors if there are any.
+            weights_only: must be True; ``.bin`` files are only ever read by torch's restricted unpickler.
+            dtype, torch_dtype: of the weights: a dtype or its name; "auto": as stored; None: as stored, but float16 on
+                a CPU becomes float32, because CPUs compute float16 slowly and its range is small.
+            variant: as in ``model.<variant>.safetensors``.
+            device: where to put the model, the CPU by default.
+            device_map: a device, ``{"": device}`` or "auto" (CUDA if there is one); models are not split.
+            attn_implementation: "gpt2rt" (also the default), "eager" or "sdpa"; kept in the config.
+            generation_config: instead of the checkpoint's own.
+            output_loading_info: return the pair (model, dictionary with ``missing_keys``, ``unexpected_keys``,
+                ``mismatched_keys`` and ``error_msgs``).
+            state_dict: weights to use instead of those in files.
+            check_finite: refuse weights with NaN or infinity, at the cost of one pass over memory.
+            strict: None: task heads that the checkpoint lacks are initialised with a warning, and other missing weights
+                are errors; False: also an untied output layer; True: nothing may be missing or unexpected.
+            trust_remote_code: must not be True.
+            **kwargs: fields that override the config.
+        Raises:
+            CheckpointError: (an OSError) files are missing, unreachable, damaged, or do not fit config and class.
+            ConfigError: (a ValueError) the config breaks a rule or is that of another kind of model.
+            ValueError: an argument has an invalid value, or is one of transformers' that gpt2rt does not honour.
+            TypeError: an unknown keyword.
+        """
+        kwargs = refuse_options(kwargs)
+        refuse_remote_code(trust_remote_code)
+        if not weights_only:
+            raise ValueError("weights_only=False: gpt2rt never unpickles arbitrary objects; leave the argument out")
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise ValueError(f"dtype = {dtype!r} and torch_dtype = {torch_dtype!r} differ; pass one of them")
+        if attn_implementation not in (None, *ATTENTION_IMPLEMENTATIONS):
+            raise ValueError(
+                f"attn_implementation = {attn_implementation!r}, but it must be one of "
+                f"{', '.join(ATTENTION_IMPLEMENTATIONS)}"
+            )
+        target = choose_device(device, device_map)
+        hub: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+            "revision": revision,
+            "subfolder": subfolder,
+        }
+        source = None
+        if pretrained_model_name_or_path is not None:
+            source = Source(pretrained_model_name_or_path, **hub)
+        elif config is None or state_dict is None:
+            raise ValueError("pretrained_model_name_or_path is None: then both config and state_dict must be given")
+        model_config, raw_config = cls._load_config(config, source, hub, kwargs)
+        if attn_implementation is not None:
+            model_config._attn_implementation = attn_implementation
+
+        if state_dict is not None:
+            weights: Weights = TensorWeights(state_dict, "state_dict", Path("state_dict"))
+        else:
+            assert source is not None
+            weights = open_weights(source, use_safetensors, variant)
+        with weights:
+            model, match = cls._build_and_match(model_config, model_args, weights, ignore_mismatched_sizes, strict)
+            chosen = choose_dtype(dtype if dtype is not None else torch_dtype, weights.infos, match, target)
+            fill_model(model, weights, match, chosen, target, check_finite)
+            tied = model._active_ties()
+            untied = compare_tied(weights, match, tied)
+            if untied:
+                # the file knows better than its config: two tensors were trained
+                warnings.warn(
+                    f"{weights.where}: {listing(untied)} differs from the embedding that the config ties it to, so it "
+                    "is kept apart; set tie_word_embeddings=False in config.json",
+                    stacklevel=2,
+                )
+                model.config.tie_word_embeddings = False
+                copies = Match(sources={key: match.tied_copies[key] for key in untied})
+                fill_model(model, weights, copies, chosen, target, check_finite)
+            fresh = [*match.missing, *(key for key, _, _ in match.mismatched)]
+            initialize_missing(model, fresh, model._init_weights, chosen, target)
+            model.tie_weights()
+            require_filled(model, weights.where)
+        for module in model.modules():
+            module._weights_initialized = True  # type: ignore[assignment]
+        model.config.dtype = chosen
+        model.name_or_path = model.config.name_or_path
+        model._set_generation_config(generation_config, source, raw_config)
+        model.eval()
+        cls._report(match, weights.where, model)
+        if output_loading_info:
+            return model, {
+                "missing_keys": set(fresh),
+                "unexpected_keys": set(match.unexpected),
+                "mismatched_keys": set(match.mismatched),
+                "error_msgs": [],
+            }
+        return model
+
+    @classmethod
+    def _load_config(
+        cls, config: Any, source: Source | None, hub: dict[str, Any], overrides: dict[str, Any]
+    ) -> tuple[PretrainedConfig, dict[str, Any]]:
+        """The model's config, and what its file said (for the sampling settings that old files keep there)."""
+        if isinstance(config, PretrainedConfig):
+            if not isinstance(config, cls.config_class):
+                raise TypeError(
+                    f"config is a {type(config).__name__}, {cls.__name__} needs a {cls.config_class.__name__}"
+                )
+            values = copy.deepcopy(config).to_dict()
+            result, unused = cls.config_class.from_dict(values, return_unused_kwargs=True, **overrides)
+            result._attn_implementation = config._attn_implementation
+            raw: dict[str, Any] = {}
+        else:
+            where = config if config is not None else source
+            if isinstance(where, Source):
+                values = cls.config_class.read_source(where)
+            else:
+                assert where is not None
+                values, _ = cls.config_class.get_config_dict(where, **hub)
+            raw = dict(values)
+            result, unused = cls.config_class.from_dict(values, return_unused_kwargs=True, **overrides)
+            if source is not None:
+                result.name_or_path = source.name
+        if unused:
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained got unknown keywords: {', '.join(map(repr, sorted(unused)))}; they "
+                f"are neither its arguments nor fields of {cls.config_class.__name__}"
+            )
+        if getattr(result, "quantization_config", None) is not None:
+            raise CheckpointError(
+                f"{result.name_or_path}: config.json has a quantization_config, and gpt2rt reads no quantised "
+                "checkpoints yet"
+            )
+        return result, raw
+
+    @classmethod
+    def _build_and_match(
+        cls,
+        config: PretrainedConfig,
+        model_args: tuple[Any, ...],
+        weights: Weights,
+        ignore_mismatched_sizes: bool,
+        strict: bool | None,
+    ) -> tuple[Self, Match]:
+        """The model on the meta device, and which tensors fill it; all that can be checked without reading them is."""
+        where = weights.where
+        check_layers(weights.infos, config.num_hidden_layers, where)
+        with no_init_weights(), torch.device("meta"), _NoFill():
+            model = cls(config, *model_args)
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        match = match_names(
+            weights.infos,
+            shapes,
+            cls.base_model_prefix,
+            cls._keys_to_ignore_on_load_unexpected,
+            model._active_ties(),
+            where,
+        )
+        head = [] if model.base_model is model else [k for k in shapes if not k.startswith(f"{cls.base_model_prefix}.")]
+        check_tensors(weights.infos, match, shapes, head if ignore_mismatched_sizes else ())
+        may_miss = [] if strict else [k for k in head if strict is False or not k.startswith(cls._required_heads)]
+        absent = [key for key in match.missing if key not in may_miss]
+        if absent:
+            hint = "the checkpoint is incomplete or belongs to another class"
+            if all(key.startswith(cls._required_heads) for key in absent):
+                hint = (
+                    "pass tie_word_embeddings=True if the output layer shares the embedding, or strict=False to draw it"
+                )
+            raise CheckpointError(f"{where} lacks {len(absent)} weights of {cls.__name__}: {listing(absent)}; {hint}")
+        if strict and match.unexpected:
+            raise CheckpointError(
+                f"{where} holds {len(match.unexpected)} tensors that {cls.__name__} does not have: "
+                f"{listing(match.unexpected)}"
+            )
+        return model, match
+
+    @classmethod
+    def _report(cls, match: Match, where: str, model: "PreTrainedModel") -> None:
+        """One warning each for what was made up and for what was left over."""
+        fresh = [*match.missing, *(f"{key} (shape {list(a)} in the file)" for key, a, _ in match.mismatched)]
+        if fresh:
+            warnings.warn(
+                f"{where} does not provide {listing(fresh)}: newly initialised, train before use", stacklevel=3
+            )
+        unexpected = match.unexpected
+        if model.base_model is model and getattr(model.config, "tie_word_embeddings", False):
+            # the bare model has no use for a second copy of its own embedding
+            unexpected = [name for name in unexpected if name != "lm_head.weight"]
+        if unexpected:
+            warnings.warn(
+                f"{where} holds tensors that {cls.__name__} does not use: {listing(unexpected)}", stacklevel=3
+            )
+
+    def _set_generation_config(self, given: Any, source: Source | None, raw_config: dict[str, Any]) -> None:
+        if given is not None and not self.can_generate():
+            raise ValueError(f"generation_config was given, but {type(self).__name__} does not generate")
+        if not self.can_generate():
+            return
+        from gpt2rt.checkpoint.json_files import read_json_object
+        from gpt2rt.generation import GenerationConfig
+
+        path = source.find("generation_config.json") if source is not None and given is None else None
+        if given is not None:
+            self.generation_config = given
+        elif path is not None:
+            self.generation_config = GenerationConfig.from_dict(read_json_object(path))
+        else:
+            # old checkpoints keep their sampling settings in config.json; special tokens come from the checked config
+            special = {
+                name: getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            }
+            self.generation_config = GenerationConfig.from_model_config({**raw_config, **special})
