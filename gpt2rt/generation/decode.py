@@ -30,7 +30,7 @@ _BLOCK_SIZE = 16
 
 _NO_IDS = torch.empty((0, 0), dtype=torch.int64)
 
-# prompts of a step together; the activations of so many tokens of a 124M model take about 300 MB
+# the most prompt tokens of a step; as many take 230 MB of scratch memory in a 124M model
 _MAX_STEP_TOKENS = 8192
 
 
@@ -293,7 +293,7 @@ class Decoder:
             scores = plan.processors(self._history.ids(live), scores)
         if plan.user_processors:
             scores = self._user_scores(scores, live)
-        if scores is not logits:
+        if plan.processors or plan.user_processors:
             check_scores(scores, live)
         # warpers look at the scores alone
         scores = plan.warpers(_NO_IDS, scores)

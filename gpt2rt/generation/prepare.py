@@ -219,8 +219,8 @@ def prepare(
         pad_token_id=_pad_token(config, prompts, limits, can_end_early),
         processors=processors,
         warpers=warpers,
-        user_processors=list(logits_processor or ()),
-        user_criteria=list(stopping_criteria or ()),
+        user_processors=_callables("logits_processor", logits_processor),
+        user_criteria=_callables("stopping_criteria", stopping_criteria),
         columns=prompts.columns,
         keep=prompts.keep,
         do_sample=config.get("do_sample"),
@@ -232,6 +232,15 @@ def prepare(
         output_logits=config.get("return_dict_in_generate") and config.get("output_logits"),
     )
     return Decoder(plan), config, prompts
+
+
+def _callables(name: str, given: Any) -> list[Any]:
+    """A caller's own processors or criteria."""
+    if given is None:
+        return []
+    if not isinstance(given, list | tuple) or not all(callable(item) for item in given):
+        raise RequestError(f"{name} must be a list of callables (input_ids, scores) -> ..., got {given!r}")
+    return list(given)
 
 
 def _seed(config: GenerationConfig) -> int:
