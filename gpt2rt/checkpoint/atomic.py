@@ -51,7 +51,11 @@ class AtomicFiles:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
         self._pending.append((temporary, path))
         try:
+            # made by open(), so that the umask decides who may read it, whatever the writer does
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode & 0o777
             write(temporary)
+            temporary.chmod(mode)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         except OSError as error:

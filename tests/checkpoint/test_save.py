@@ -261,3 +261,13 @@ def test_uploading(model, tmp_path, monkeypatch):
     monkeypatch.setattr(FakeApi, "fault", ConnectionError("no route"))
     with pytest.raises(CheckpointError, match="uploading to 'mine' failed: no route"):
         model.push_to_hub("mine")
+
+
+def test_saved_files_get_the_permissions_that_the_umask_gives(model, tmp_path):
+    old = os.umask(0o027)
+    try:
+        model.save_pretrained(tmp_path)
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o640}, modes

@@ -1,0 +1,129 @@
+"""What setup.py builds: the symbols of the extension, the contents of wheel and sdist, and its refusals."""
+
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+import gpt2rt.ops as ops
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# what a checkout holds; build products and caches are left behind
+IGNORED = shutil.ignore_patterns("build", "dist", "*.egg-info", "*.so", "__pycache__", ".*cache", ".git", ".hypothesis")
+
+
+@pytest.fixture(scope="module")
+def extension():
+    status = ops.extension_status()
+    if not status.loaded:
+        pytest.skip(f"there is no extension to look at: {status.reason}")
+    return status.path
+
+
+def tool(name, *arguments):
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} (binutils) is not installed")
+    return subprocess.run([name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def test_extension_has_no_python_symbol(extension):
+    undefined = tool("nm", "-D", "--undefined-only", extension).split()
+    assert [name for name in undefined if re.match(r"_?Py[A-Z_]", name)] == []
+
+
+def test_extension_uses_only_the_stable_interface_of_torch(extension):
+    undefined = tool("nm", "-D", "--undefined-only", extension).split()
+    # mangled C++ names of torch's own classes; the stable interface is C
+    assert [name for name in undefined if name.startswith("_Z") and re.search(r"3c10|2at|5torch", name)] == []
+    assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)
+
+
+def test_wide_registers_stay_in_their_instruction_set(extension):
+    """No function outside the AVX-512 table uses its registers, and so on: such a one would crash older processors."""
+    allowed = {"%zmm": ("6avx512",), "%ymm": ("6avx512", "4avx2")}
+    strays, seen, function = [], set(), ""
+    for line in tool("objdump", "-d", "--no-show-raw-insn", extension).splitlines():
+        if line.endswith(">:"):
+            function = line
+        for register, namespaces in allowed.items():
+            if register in line:
+                seen.add(register)
+                if not any(namespace in function for namespace in namespaces):
+                    strays.append((function, line))
+    assert strays[:5] == []
+    # the control: on x86-64 there are such functions
+    assert seen == (set(allowed) if platform.machine() == "x86_64" else set())
+
+
+def run_setup(folder, *arguments, **variables):
+    environment = {**os.environ, "GPT2RT_CPP": "0", "GPT2RT_CUDA": "auto", **variables}
+    command = [sys.executable, "setup.py", "-q", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkout") / "gpt2rt"
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=IGNORED)
+    return folder
+
+
+def test_wheel_without_the_extension(checkout):
+    done = run_setup(checkout, "bdist_wheel", "-d", "wheels")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (checkout / "wheels").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert top == {"gpt2rt"}
+    assert len(names) == len(set(names))
+    kernels = {path.name for path in (ROOT / "kernels").glob("*.py")}
+    assert {name.removeprefix("gpt2rt/kernels/") for name in names if name.startswith("gpt2rt/kernels/")} == kernels
+    assert "gpt2rt/py.typed" in names
+    assets = (path for path in (ROOT / "gpt2rt" / "assets").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    assert {str(path.relative_to(ROOT)) for path in assets} <= set(names)
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".so"))]
+
+
+def test_sdist_holds_what_a_build_needs(checkout):
+    done = run_setup(checkout, "sdist", "-d", "sdists")
+    assert done.returncode == 0, done.stderr
+    (sdist,) = (checkout / "sdists").iterdir()
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    for path in [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "kernels").glob("*.py")]:
+        assert str(path.relative_to(ROOT)) in names
+    assert {"setup.py", "pyproject.toml", "gpt2rt/py.typed"} <= names
+    assert not [name for name in names if name.startswith("gpt2rt/kernels/")]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"GPT2RT_CUDA": "1"}, "GPT2RT_CUDA=1, but csrc/ has no CUDA sources yet"),
+        ({"GPT2RT_CUDA": "yes"}, "GPT2RT_CUDA is 'yes', expected one of auto, 0, 1"),
+        ({"GPT2RT_CPP": "off"}, "GPT2RT_CPP is 'off', expected one of 0, 1"),
+    ],
+)
+def test_wrong_settings_are_refused(checkout, variables, message):
+    done = run_setup(checkout, "--version", **variables)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_without_torch_the_build_says_what_to_do(checkout, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    done = run_setup(checkout, "--version", GPT2RT_CPP="1", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "needs torch at build time" in done.stderr
+    assert "--no-build-isolation" in done.stderr
+    assert "GPT2RT_CPP=0" in done.stderr
