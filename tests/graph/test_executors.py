@@ -37,13 +37,13 @@ FLAGS = {
 CASES = SIZES | {name: {**SMALL, **fields} for name, fields in FLAGS.items()}
 
 
-def new_model(seed=0, dtype=torch.float32, **fields):
+def new_model(seed=0, dtype=torch.float32, std=0.15, **fields):
     torch.manual_seed(seed)
     fields = {"bos_token_id": 0, "eos_token_id": 0, **fields}
     model = GPT2LMHeadModel(GPT2Config(**fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0.0, 0.15)
+            parameter.normal_(0.0, std)
         for name, parameter in model.named_parameters():
             if "ln_" in name and name.endswith("weight"):
                 parameter.add_(1.0)
@@ -86,14 +86,14 @@ def run(executor, cache, prompts, chunk=None, sequences=None):
 @pytest.mark.parametrize("name", EXECUTORS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_logits_equal_transformers(name, case, hf):
-    model = new_model(**CASES[case])
+    # four times the published initialisation: attention is far from uniform, logits stay of order one
+    model = new_model(std=0.08, **CASES[case])
     theirs = hf.copy_of(model)
     executor = make_executor(new_plan(model), name)
     prompts = [random_ids(model, 21, 1), random_ids(model, 1, 2), random_ids(model, 40, 3)]
     for ids, logits in zip(prompts, run(executor, new_cache(model), prompts), strict=True):
         expected = theirs(torch.tensor([ids])).logits[0]
-        # the models' logits are scaled so that 2e-5 is a fair bound: relative to the largest
-        assert (logits - expected).abs().max() <= 2e-5 * max(1.0, expected.abs().max().item())
+        assert (logits - expected).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("name", EXECUTORS)
