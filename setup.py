@@ -109,9 +109,7 @@ def extension_options() -> dict[str, Any]:
             ext.depends = [*(ext.depends or []), *map(str, SOURCES_AND_HEADERS), *ext.extra_objects]
             super().build_extension(ext)
 
-    sources = sorted(
-        str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp") if not path.name.startswith("isa_")
-    )
+    sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp") if not path.name.startswith("isa_"))
     extension = CppExtension(
         "gpt2rt._C",
         sources,
@@ -131,9 +129,9 @@ def compile_object(target: Path, command: list[str]) -> None:
     """Run a compiler command unless ``target`` is newer than every source and was made by the same command."""
     stamp = target.with_suffix(".command")
     text = shlex.join(command)
-    if target.exists() and stamp.exists() and stamp.read_text() == text:
-        if target.stat().st_mtime > max(path.stat().st_mtime for path in SOURCES_AND_HEADERS):
-            return
+    newest = max(path.stat().st_mtime for path in SOURCES_AND_HEADERS)
+    if target.exists() and stamp.exists() and stamp.read_text() == text and target.stat().st_mtime > newest:
+        return
     print(text, flush=True)
     stamp.unlink(missing_ok=True)
     subprocess.run(command, cwd=ROOT, check=True)

@@ -15,8 +15,7 @@
 namespace gpt2rt {
 namespace {
 
-// rows up to which each thread computes a norm for itself; measured on Zen 4, where a barrier costs as much as the
-// norm of some 8 rows of 768
+// rows up to which each thread computes a norm for itself: a row of 768 takes about 0.15 us, a barrier 1 us or more
 constexpr int64_t kOwnNormRows = 8;
 
 struct Batch {

@@ -209,7 +209,7 @@ class CpuExecutor:
 
         Raises:
             ValueError: the batch or the cache does not fit the plan.
-            RuntimeError: an id, position, slot or block lies outside its table; nothing was written.
+            IndexError: an id, position, slot or block lies outside its table; nothing was written.
         """
         check_step(self.plan, batch, cache)
         num_tokens, num_logits = batch.input_ids.numel(), batch.logits_indices.numel()

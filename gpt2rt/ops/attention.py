@@ -86,8 +86,7 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
 
     Raises:
         ValueError, TypeError: a shape, stride, dtype or device does not fit.
-        RuntimeError, IndexError: a slot lies outside the cache (CPU; nothing is written. On CUDA such a token is
-            skipped).
+        IndexError: a slot lies outside the cache (CPU; nothing is written. On CUDA such a token is skipped).
     """
     _check_heads("write_kv", "key", key)
     _check_heads("write_kv", "value", value)
@@ -141,7 +140,7 @@ def paged_prefill_attention(
 
     Raises:
         ValueError, TypeError: a shape, stride, dtype or device does not fit.
-        RuntimeError, IndexError: a block id that is used lies outside the cache (CPU).
+        IndexError: a block id that is used lies outside the cache (CPU).
     """
     _check_paged("paged_prefill_attention", query, key_cache, value_cache, block_table, seq_lens)
     check_index(
@@ -181,7 +180,7 @@ def paged_decode_attention(
 
     Raises:
         ValueError, TypeError: a shape, stride, dtype or device does not fit.
-        RuntimeError, IndexError: a block id that is used lies outside the cache (CPU).
+        IndexError: a block id that is used lies outside the cache (CPU).
     """
     _check_paged("paged_decode_attention", query, key_cache, value_cache, block_table, seq_lens)
     if query.size(0) != block_table.size(0):

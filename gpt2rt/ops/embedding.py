@@ -38,8 +38,8 @@ def embedding(input_ids: Tensor, position_ids: Tensor, wte: Tensor, wpe: Tensor)
 
     Raises:
         ValueError, TypeError: a shape, dtype, stride or device does not fit.
-        IndexError, RuntimeError: an id lies outside its table (CPU; on CUDA its row is NaN instead, for a check would
-            wait for the device).
+        IndexError: an id lies outside its table (CPU; on CUDA its row is NaN instead, for a check would wait for the
+            device).
     """
     check_storage_dtype("embedding", "wte", wte)
     if wte.dim() != 2 or not wte.is_contiguous():

@@ -53,8 +53,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         [num_tokens, out_features], contiguous, dtype of ``x``; accumulated in float32 and rounded once. On CPU each
-        element is one chain of multiply-adds in order of ``in_features``: a row's result does not depend on the
-        other rows.
+        element is summed in an order that ``in_features`` alone decides: a row's result does not depend on the other
+        rows.
 
     Raises:
         ValueError: a shape, stride or device does not fit.
@@ -84,8 +84,8 @@ def pack_linear(weight: Tensor, out: Tensor) -> None:
             ``out_features`` with zeros.
 
     Raises:
-        ValueError: a shape or stride does not fit.
-        RuntimeError: ``out`` is not aligned to 64 bytes, or the extension is missing.
+        ValueError: a shape or stride does not fit, or ``out`` is not aligned to 64 bytes.
+        NotImplementedError: the extension is missing.
     """
     _check_weight("pack_linear", weight)
     check_device("pack_linear", "out", out, weight)

@@ -1,10 +1,10 @@
 // y = act(x w^T + bias) on packed panels.
 //
-// Every output is a chain of fused multiply-adds over k in increasing order from 0 for each 256 elements of k, these
+// Every output is a chain of fused multiply-adds over k in increasing order from 0 for each 64 elements of k, these
 // sums added in order, then the bias: the same operations for every number of rows, every dtype of storage and every
 // way of cutting the work, so a row's bits depend on that row alone. The chains of 64 columns x up to kMaxRows rows run
 // in registers (Goto & van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008). One chain over all of k
-// would be as reproducible, but its rounding error is 3 times that of a blocked sum at k = 768.
+// would be as reproducible, but its rounding error is several times as large.
 //
 // One block of rows: bound by memory, a panel is one sequential stream and is prefetched ahead. Many rows: a panel
 // stays in L2 while blocks of rows pass over it. 16-bit storage is widened in registers, at 96 % of the speed of

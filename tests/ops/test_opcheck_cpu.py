@@ -1,0 +1,68 @@
+"""``torch.library.opcheck`` on every op: schema, fake implementation, autograd key, tracing."""
+
+import pytest
+import torch
+from cpu_step_model import Config, StepModel, aligned_bytes
+
+import gpt2rt.ops as ops
+
+OPS = torch.ops.gpt2rt
+
+
+def row_cases():
+    x, w = torch.randn(5, 24), torch.randn(24)
+    yield OPS.layer_norm, (x, w, w, 1e-5)
+    yield OPS.layer_norm, (torch.randn(5, 30)[:, :24].bfloat16(), w.bfloat16(), w.bfloat16(), 1e-5)
+    yield OPS.add_layer_norm, (x, torch.randn(5, 24), w, w, 1e-5)
+    yield OPS.bias_gelu_new, (x, w)
+    yield OPS.embedding, (torch.tensor([1, 2]), torch.tensor([0, 1]), x, torch.randn(3, 24))
+    yield OPS.linear, (x, torch.randn(7, 24), torch.randn(7))
+    yield OPS.linear, (x, torch.randn(24, 7).t(), None)
+    yield OPS.pack_linear, (torch.randn(7, 24), aligned_bytes(64 * 24 * 4))
+
+
+def cache_cases():
+    key_cache, value_cache = torch.randn(4, 2, 16, 8), torch.randn(4, 2, 16, 8)
+    qkv = torch.randn(5, 48).view(5, 6, 8)
+    query, key, value = qkv[:, :2], qkv[:, 2:4], qkv[:, 4:]
+    table = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+    lens = torch.tensor([20, 9], dtype=torch.int32)
+    yield OPS.write_kv, (key, value, key_cache, value_cache, torch.tensor([3, -1, 17, 5, 63]))
+    starts = torch.tensor([0, 4, 5], dtype=torch.int32)
+    yield OPS.paged_prefill_attention, (query, key_cache, value_cache, table, lens, starts, 4, 0.3)
+    yield OPS.paged_decode_attention, (query[:2], key_cache, value_cache, table, lens, 32, 0.3)
+
+
+def pool_cases():
+    state = ops.new_block_pool(6)
+    used = ops.block_pool_allocate(state, 3)
+    yield OPS.block_pool_allocate, (state, 2)
+    yield OPS.block_pool_incref, (state, used)
+
+
+def step_cases():
+    model = StepModel(Config(n_layer=1))
+    batch = model.batch([([1, 2, 3], 0)], [[5]])
+    yield OPS.cpu_step, tuple(model.arguments(batch, hidden=True).values())
+
+
+CASES = [*row_cases(), *cache_cases(), *pool_cases(), *step_cases()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case[0]).removeprefix("gpt2rt."))
+def test_opcheck(case):
+    op, arguments = case
+    torch.library.opcheck(op, arguments)
+
+
+def test_opcheck_block_pool_free():
+    # its result is a host integer, which tracing cannot guess; schema and autograd registration can be checked
+    state = ops.new_block_pool(6)
+    used = ops.block_pool_allocate(state, 3)
+    torch.library.opcheck(OPS.block_pool_free, (state, used), test_utils=("test_schema", "test_autograd_registration"))
+
+
+def test_ops_without_results_to_trace():
+    model = StepModel(Config(n_layer=1))
+    for op, arguments in ((OPS.cpu_isa, ()), (OPS.cpu_step_workspace_bytes, (model.plan, 3, 1))):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema",))
