@@ -82,7 +82,7 @@ void block_pool_incref(const Tensor& state, const Tensor& block_ids) {
   for (const int64_t id : ids) ++pool.counts()[id];
 }
 
-int64_t block_pool_free(const Tensor& state, const Tensor& block_ids) {
+void block_pool_free(const Tensor& state, const Tensor& block_ids) {
   const char* op = "block_pool_free";
   const PoolState pool = check_state(op, state);
   const std::vector<int64_t> ids = check_ids(op, block_ids, pool);
@@ -99,7 +99,6 @@ int64_t block_pool_free(const Tensor& state, const Tensor& block_ids) {
   for (const int64_t id : ids) {
     if (--counts[id] == 0) pool.stack()[pool.num_free()++] = static_cast<int32_t>(id);
   }
-  return became_free;
 }
 
 }  // namespace

@@ -72,7 +72,7 @@ def _incref_ref(state: Tensor, block_ids: Tensor) -> None:
     _counts(state)[1].add_(used)
 
 
-def _free_ref(state: Tensor, block_ids: Tensor) -> int:
+def _free_ref(state: Tensor, block_ids: Tensor) -> None:
     used = _used("block_pool_free", state, block_ids)
     stack, references = _counts(state)
     references.sub_(used)
@@ -84,20 +84,14 @@ def _free_ref(state: Tensor, block_ids: Tensor) -> int:
     num_free = int(state[1])
     stack[num_free : num_free + len(freed)] = torch.tensor(freed, dtype=torch.int32)
     state[1] = num_free + len(freed)
-    return len(freed)
 
 
 def _allocate_fake(state: Tensor, num_blocks: int) -> Tensor:
     return torch.empty(num_blocks, dtype=torch.int32, device=state.device)
 
 
-def _incref_fake(state: Tensor, block_ids: Tensor) -> None:
+def _change_fake(state: Tensor, block_ids: Tensor) -> None:
     return None
-
-
-def _free_fake(state: Tensor, block_ids: Tensor) -> int | torch.SymInt:
-    # how many blocks become free depends on the data: an unbacked integer under tracing
-    return torch.library.get_ctx().new_dynamic_size()
 
 
 _allocate = define(
@@ -107,9 +101,11 @@ _allocate = define(
     fake=_allocate_fake,
 )
 _incref = define(
-    "block_pool_incref", "(Tensor(a!) state, Tensor block_ids) -> ()", reference=_incref_ref, fake=_incref_fake
+    "block_pool_incref", "(Tensor(a!) state, Tensor block_ids) -> ()", reference=_incref_ref, fake=_change_fake
 )
-_free = define("block_pool_free", "(Tensor(a!) state, Tensor block_ids) -> int", reference=_free_ref, fake=_free_fake)
+_free = define(
+    "block_pool_free", "(Tensor(a!) state, Tensor block_ids) -> ()", reference=_free_ref, fake=_change_fake
+)
 
 
 def block_pool_allocate(state: Tensor, num_blocks: int) -> Tensor:
@@ -154,4 +150,7 @@ def block_pool_free(state: Tensor, block_ids: Tensor) -> int:
     Raises:
         RuntimeError: an id is out of range or has fewer references; nothing is changed.
     """
-    return _free(state, block_ids)
+    # counted here: an op that changes its argument and returns a host integer could not be traced
+    before = int(state[1])
+    _free(state, block_ids)
+    return int(state[1]) - before

@@ -38,6 +38,7 @@ def pool_cases():
     used = ops.block_pool_allocate(state, 3)
     yield OPS.block_pool_allocate, (state, 2)
     yield OPS.block_pool_incref, (state, used)
+    yield OPS.block_pool_free, (state, used)
 
 
 def step_cases():
@@ -53,13 +54,6 @@ CASES = [*row_cases(), *cache_cases(), *pool_cases(), *step_cases()]
 def test_opcheck(case):
     op, arguments = case
     torch.library.opcheck(op, arguments)
-
-
-def test_opcheck_block_pool_free():
-    # its result is a host integer, which tracing cannot guess; schema and autograd registration can be checked
-    state = ops.new_block_pool(6)
-    used = ops.block_pool_allocate(state, 3)
-    torch.library.opcheck(OPS.block_pool_free, (state, used), test_utils=("test_schema", "test_autograd_registration"))
 
 
 def test_ops_without_results_to_trace():
