@@ -133,7 +133,8 @@ gpt2rt so that everything can be tried and tested with no network; it knows noth
 byte-level BPE vocabulary of {vocab_size} |
 | weights | float16 safetensors; trained with {precision} |
 | text | "tiny Shakespeare" (public domain), {text_bytes} bytes, SHA-256 `{text_hash}` |
-| trained on | its first 90 %: {train_tokens} tokens, {steps} steps of {batch_size} windows \
+| trained on | its first 90 %: {train_tokens} tokens; from {start}, \
+{steps} steps of {batch_size} windows \
 of {n_positions} tokens, dropout {dropout} |
 | held-out loss | {nats:.4f} nats a token, perplexity {perplexity:.2f}, {bits:.4f} bits a byte, \
 on the last 10 %, never trained on |
@@ -144,10 +145,27 @@ context. It was looked at while the recipe was chosen, so it is slightly optimis
 
 To make it again:
 
-    python examples/train_tiny.py --text tinyshakespeare.txt --output gpt2rt/assets/tiny-gpt2 --steps {steps}{flags}
+{recipe}
 
 The weights are dedicated to the public domain, as the text is.
 """
+
+
+COMMAND = "    python examples/train_tiny.py"
+
+
+def recipe(arguments: argparse.Namespace) -> list[str]:
+    """The commands that make this model: those in the card of the model it began from, and this one."""
+    before: list[str] = []
+    if arguments.init:
+        card = (arguments.init / "README.md").read_text(encoding="utf-8")
+        before = [line for line in card.splitlines() if line.startswith(COMMAND)]
+    options = " ".join(
+        f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')} {value}"
+        for name, value in vars(arguments).items()
+        if name != "text" and value is not None and value is not False
+    )
+    return [*before, f"{COMMAND} --text {arguments.text.name} {options}"]
 
 
 def publish(
@@ -177,7 +195,8 @@ def publish(
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         precision="bfloat16 autocast over float32 weights" if arguments.bf16 else "float32",
-        flags=" --bf16" if arguments.bf16 else "",
+        start="the weights of an earlier run (below)" if arguments.init else "random weights",
+        recipe="\n".join(recipe(arguments)),
         **{**vars(arguments), "vocab_size": len(tokenizer)},
     )
     (arguments.output / "README.md").write_text(card, encoding="utf-8")
@@ -223,7 +242,10 @@ def main() -> None:
         bos_token_id=end_id,
         eos_token_id=end_id,
     )
-    model = GPT2LMHeadModel(config)
+    if arguments.init:
+        model = GPT2LMHeadModel.from_pretrained(arguments.init, dtype=torch.float32)
+    else:
+        model = GPT2LMHeadModel(config)
     windows = Windows(tokenizer, train_text, arguments.n_positions, arguments.seed)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(windows.ids)} training tokens", flush=True)
     started = time.perf_counter()

@@ -74,7 +74,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(help="Above 0: sharper below 1, flatter above; 0 is --greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 0.95,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the likeliest.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens that are already there.")] = 1.0,
     seed: Annotated[

@@ -17,11 +17,17 @@ def test_train_tiny_makes_a_checkpoint_that_generates(tmp_path):
     small = dict(steps=3, batch_size=2, vocab_size=300, n_layer=1, n_embd=16, n_head=2, n_positions=128)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
     command = [sys.executable, ROOT / "examples" / "train_tiny.py", "--text", tmp_path / "text.txt"]
-    result = subprocess.run([*command, "--output", tmp_path / "out", *flags], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    for stage in ([], ["--init", tmp_path / "out"]):
+        result = subprocess.run(
+            [*command, "--output", tmp_path / "out", *flags, *stage], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
     assert "held out:" in result.stdout
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "1 layers, n_embd 16, 2 heads, 128 positions" in card
+    # the second run went on from the first, and its card has the commands of both
+    assert card.count("python examples/train_tiny.py") == 2
+    assert "the weights of an earlier run" in card
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "out", dtype="auto")
     tokenizer = GPT2Tokenizer.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float16

@@ -103,9 +103,7 @@ _allocate = define(
 _incref = define(
     "block_pool_incref", "(Tensor(a!) state, Tensor block_ids) -> ()", reference=_incref_ref, fake=_change_fake
 )
-_free = define(
-    "block_pool_free", "(Tensor(a!) state, Tensor block_ids) -> ()", reference=_free_ref, fake=_change_fake
-)
+_free = define("block_pool_free", "(Tensor(a!) state, Tensor block_ids) -> ()", reference=_free_ref, fake=_change_fake)
 
 
 def block_pool_allocate(state: Tensor, num_blocks: int) -> Tensor:
