@@ -23,7 +23,7 @@ from gpt2rt.graph import Executor, StepBatch
 from .batch import DecodeBatch
 from .logits import LogitsProcessorList
 from .random import request_key, uniform
-from .sampling import check_logits, check_scores, greedy, sample
+from .sampling import check_logits, check_scores, greedy, quiet_threads, sample
 from .stopping import StoppingCriteriaList, StopStrings
 
 _BLOCK_SIZE = 16
@@ -290,19 +290,21 @@ class Decoder:
         scores = logits
         if plan.processors:
             assert self._history is not None
-            scores = plan.processors(self._history.ids(live), scores)
+            with quiet_threads(scores):
+                scores = plan.processors(self._history.ids(live), scores)
         if plan.user_processors:
             scores = self._user_scores(scores, live)
-        if plan.processors or plan.user_processors:
-            check_scores(scores, live)
-        # warpers look at the scores alone
-        scores = plan.warpers(_NO_IDS, scores)
-        if plan.output_scores:
-            self.scores.append(self._all_rows(scores, live).clone())
-        if not plan.do_sample:
-            return greedy(scores)
-        rows = (self.rows[index] for index in live)
-        return sample(scores, [uniform(plan.seed, row.request, row.choice, len(row.ids)) for row in rows])
+        with quiet_threads(scores):
+            if plan.processors or plan.user_processors:
+                check_scores(scores, live)
+            # warpers look at the scores alone
+            scores = plan.warpers(_NO_IDS, scores)
+            if plan.output_scores:
+                self.scores.append(self._all_rows(scores, live).clone())
+            if not plan.do_sample:
+                return greedy(scores)
+            rows = (self.rows[index] for index in live)
+            return sample(scores, [uniform(plan.seed, row.request, row.choice, len(row.ids)) for row in rows])
 
     def _all_rows(self, values: Tensor, live: list[int]) -> Tensor:
         """[num_rows, vocab_size] from the live rows' values; finished rows are 0."""

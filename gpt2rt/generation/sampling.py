@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpt2rt.errors import NumericsError, RequestError
+
+
+#: scores up to which one thread does the work; about five rows of GPT-2's vocabulary
+_ONE_THREAD_SCORES = 2**18
+
+
+@contextlib.contextmanager
+def quiet_threads(scores: Tensor) -> Iterator[None]:
+    """Keep torch's own threads asleep while a few rows of scores are worked on.
+
+    OpenMP's threads spin for milliseconds after a parallel region, on the cores that the next step wants: on two cores
+    a token of the 124M shape took 20.7 ms instead of 14.6 ms.
+
+    Args:
+        scores: [num_rows, vocab_size]; with many rows, or not on the CPU, nothing is changed.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or scores.device.type != "cpu" or scores.numel() > _ONE_THREAD_SCORES:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_logits(logits: Tensor, rows: Sequence[int]) -> None:
@@ -23,8 +49,9 @@ def check_logits(logits: Tensor, rows: Sequence[int]) -> None:
         NumericsError: a row holds NaN or infinity.
     """
     # one cheap reduction: a sum is finite only if its terms are; one of finite terms that overflows is looked into
-    if math.isfinite(logits.sum().item()):
-        return
+    with quiet_threads(logits):
+        if math.isfinite(logits.sum().item()):
+            return
     bad = (~torch.isfinite(logits)).sum(dim=-1).tolist()
     for row, count in zip(rows, bad, strict=True):
         if count:
