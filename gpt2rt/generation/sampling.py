@@ -12,7 +12,6 @@ from torch import Tensor
 
 from gpt2rt.errors import NumericsError, RequestError
 
-
 #: scores up to which one thread does the work; about five rows of GPT-2's vocabulary
 _ONE_THREAD_SCORES = 2**18
 
