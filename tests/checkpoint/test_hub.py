@@ -26,6 +26,8 @@ def point_to(monkeypatch, endpoint):
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # whatever the person who runs the tests has set
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture
@@ -189,6 +191,7 @@ def test_the_environment_in_a_fresh_process(hub, cache, tmp_path):
         "assert 'torch._dynamo' not in sys.modules\n"
     )
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": ""}
+    environment.pop("HF_HUB_OFFLINE", None)
 
     def run(*names, **more):
         done = subprocess.run(
