@@ -3,14 +3,25 @@
 from .cache import DynamicCache, EncoderDecoderCache
 from .gpt2 import GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
 from .gpt2_blocks import GPT2MLP, GPT2Attention, GPT2Block
+from .gpt2_heads import (
+    GPT2DoubleHeadsModel,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+)
 from .inputs import InputRangeError
 from .layers import ACT2FN, Conv1D, get_activation
 from .outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
+    GPT2DoubleHeadsModelOutput,
     ModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
 from .pretrained import PreTrainedModel
+from .summary import SequenceSummary
 
 __all__ = [
     "ACT2FN",
@@ -22,11 +33,20 @@ __all__ = [
     "EncoderDecoderCache",
     "GPT2Attention",
     "GPT2Block",
+    "GPT2DoubleHeadsModel",
+    "GPT2DoubleHeadsModelOutput",
+    "GPT2ForQuestionAnswering",
+    "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification",
     "GPT2LMHeadModel",
     "GPT2Model",
     "GPT2PreTrainedModel",
     "InputRangeError",
     "ModelOutput",
     "PreTrainedModel",
+    "QuestionAnsweringModelOutput",
+    "SequenceClassifierOutputWithPast",
+    "SequenceSummary",
+    "TokenClassifierOutput",
     "get_activation",
 ]

@@ -212,7 +212,7 @@ class GPT2Model(GPT2PreTrainedModel):
                 tuple(cross_attentions) if output_attentions and encoder_hidden_states is not None else None
             ),
         )
-        return output if _wants_dict(return_dict, config) else output.to_tuple()
+        return output if wants_dict(return_dict, config) else output.to_tuple()
 
     def _cache(self, past_key_values: Any, use_cache: bool | None, batch: int) -> tuple[Any, bool]:
         """The cache to work with, and whether to return it; a new one if the caller or the config wants one."""
@@ -393,8 +393,9 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
             attentions=base.attentions,
             cross_attentions=base.cross_attentions,
         )
-        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+        return output if wants_dict(return_dict, self.config) else output.to_tuple()
 
 
-def _wants_dict(return_dict: bool | None, config: GPT2Config) -> bool:
+def wants_dict(return_dict: bool | None, config: GPT2Config) -> bool:
+    """Whether to return a ModelOutput rather than a tuple."""
     return config.return_dict if return_dict is None else return_dict

@@ -22,8 +22,8 @@ class InputRangeError(ValueError, IndexError):
     """
 
 
-def reject_unknown(forward: Callable[..., Any], unknown: Iterable[str]) -> None:
-    """Raise TypeError if any keyword was passed that ``forward`` does not have.
+def reject_unknown(forward: Callable[..., Any], unknown: Iterable[str], passed_on: Iterable[str] = ()) -> None:
+    """Raise TypeError if any keyword was passed that ``forward`` does not have; ``passed_on`` names others it takes.
 
     transformers ignores such keywords, and a misspelt ``attention_mask`` with them.
     """
@@ -32,9 +32,18 @@ def reject_unknown(forward: Callable[..., Any], unknown: Iterable[str]) -> None:
         return
     parameters = inspect.signature(forward).parameters.values()
     accepted = [p.name for p in parameters if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]
+    accepted += [name for name in passed_on if name not in accepted]
     near = difflib.get_close_matches(names[0], accepted, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise TypeError(f"forward() has no argument {names[0]!r}.{hint} It accepts {', '.join(accepted)}")
+
+
+def check_integers(name: str, x: Any) -> None:
+    """Raise TypeError unless ``x`` is a tensor of int64 or int32."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; use torch.tensor({name})")
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype.itemsize < 4:
+        raise TypeError(f"{name} must be int64 or int32, got {x.dtype}; use {name}.long()")
 
 
 def check_ids(name: str, ids: Any, limit: int, table: str) -> None:
@@ -50,10 +59,7 @@ def check_ids(name: str, ids: Any, limit: int, table: str) -> None:
         TypeError: not a tensor of int64 or int32.
         InputRangeError: a value outside 0..limit-1 (CPU only).
     """
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}; use torch.tensor({name})")
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype.itemsize < 4:
-        raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}; use {name}.long()")
+    check_integers(name, ids)
     if not values_readable(ids) or ids.numel() == 0:
         return
     low, high = (int(value) for value in ids.aminmax())

@@ -154,3 +154,75 @@ class CausalLMOutputWithCrossAttentions(ModelOutput):
     hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class GPT2DoubleHeadsModelOutput(ModelOutput):
+    """What the model with a language-modelling and a multiple-choice head returns.
+
+    Attributes:
+        loss: of the language model, scalar float32, when ``labels`` were given.
+        mc_loss: of the choice, scalar float32, when ``mc_labels`` were given.
+        logits: [*leading, seq_len, vocab_size]; ``leading`` is usually [batch, num_choices].
+        mc_logits: [*leading], the score of each choice; other summaries than ``cls_index`` have other shapes.
+        past_key_values, hidden_states, attentions: as in :class:`BaseModelOutputWithPastAndCrossAttentions`.
+    """
+
+    loss: torch.Tensor | None = None
+    mc_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    mc_logits: torch.Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class SequenceClassifierOutputWithPast(ModelOutput):
+    """What a model that classifies whole sequences returns.
+
+    Attributes:
+        loss: scalar float32, when labels were given.
+        logits: [*leading, num_labels]; for regression the predicted values.
+        past_key_values, hidden_states, attentions: as in :class:`BaseModelOutputWithPastAndCrossAttentions`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class TokenClassifierOutput(ModelOutput):
+    """What a model that classifies every token returns.
+
+    Attributes:
+        loss: scalar float32, when labels were given.
+        logits: [*leading, seq_len, num_labels].
+        hidden_states, attentions: as in :class:`BaseModelOutputWithPastAndCrossAttentions`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class QuestionAnsweringModelOutput(ModelOutput):
+    """What a model that marks an answer in the text returns.
+
+    Attributes:
+        loss: scalar float32, the mean of those of start and end, when both positions were given.
+        start_logits, end_logits: [*leading, seq_len], the scores of each token to be the first and the last of the
+            answer.
+        hidden_states, attentions: as in :class:`BaseModelOutputWithPastAndCrossAttentions`.
+    """
+
+    loss: torch.Tensor | None = None
+    start_logits: torch.Tensor | None = None
+    end_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None

@@ -11,10 +11,10 @@ _MODELS: dict = {}
 _COPIES: dict = {}
 
 
-def make_model(seed=0, **overrides):
-    """A GPT2LMHeadModel in eval mode; norms and biases are random too."""
+def make_model(seed=0, kind=GPT2LMHeadModel, **overrides):
+    """A GPT2LMHeadModel, or another ``kind``, in eval mode; norms and biases are random too."""
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(GPT2Config(**{**TINY, **overrides})).eval()
+    model = kind(GPT2Config(**{**TINY, **overrides})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -35,7 +35,7 @@ def one_thread():
 
 @pytest.fixture
 def build():
-    """``build(**config)``: a fresh model, to change at will."""
+    """``build(kind=GPT2LMHeadModel, **config)``: a fresh model, to change at will."""
     return make_model
 
 
@@ -54,7 +54,7 @@ def cached_model(**overrides):
 
 @pytest.fixture
 def pair(hf):
-    """``pair(**config)``: a model and transformers' copy of it; both are shared by all tests, not to be changed."""
+    """``pair(kind=GPT2LMHeadModel, **config)``: a model and transformers' copy, both shared and not to be changed."""
 
     def make(**overrides):
         model = cached_model(**overrides)
