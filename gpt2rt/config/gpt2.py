@@ -11,7 +11,7 @@ from gpt2rt.errors import ConfigError
 ACTIVATIONS = frozenset((
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
     "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu",
-    "swish", "tanh",
+    "sqrtsoftplus", "swish", "tanh",
 ))
 # fmt: on
 

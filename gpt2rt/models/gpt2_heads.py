@@ -79,8 +79,9 @@ class GPT2DoubleHeadsModel(GPT2WithHead, GenerationMixin):
     lm_head: nn.Linear
 
     def __init__(self, config: GPT2Config) -> None:
-        super().__init__(config)
+        # before the config is checked: a problem_type that one label does not allow is refused here, not at the save
         config.num_labels = 1
+        super().__init__(config)
         self.transformer = GPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.multiple_choice_head = SequenceSummary(config)

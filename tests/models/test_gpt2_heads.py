@@ -721,3 +721,8 @@ def test_head_mask_reaches_the_trunk(build, path, ids):
         model = build(**options)
         out = model(ids, head_mask=torch.tensor([1.0, 0.0, 0.5]), output_attentions=True)
         assert out.attentions[0][:, 1].count_nonzero() == 0
+
+
+def test_a_problem_type_that_one_label_does_not_allow_is_refused_when_the_model_is_made(build):
+    with pytest.raises(gpt2rt.ConfigError, match="needs num_labels >= 2, got 1"):
+        build(kind=GPT2DoubleHeadsModel, problem_type="single_label_classification")
