@@ -6,6 +6,7 @@ each token.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -294,8 +295,9 @@ class Decoder:
                 scores = plan.processors(self._history.ids(live), scores)
         if plan.user_processors:
             scores = self._user_scores(scores, live)
-        with quiet_threads(scores):
-            if plan.processors or plan.user_processors:
+        changed = plan.processors or plan.user_processors
+        with quiet_threads(scores) if changed or plan.do_sample else contextlib.nullcontext():
+            if changed:
                 check_scores(scores, live)
             # warpers look at the scores alone
             scores = plan.warpers(_NO_IDS, scores)
