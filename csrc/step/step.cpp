@@ -15,7 +15,8 @@
 namespace gpt2rt {
 namespace {
 
-// rows up to which each thread computes a norm for itself: a row of 768 takes about 0.15 us, a barrier 1 us or more
+// rows up to which each thread computes a norm for itself instead of sharing the work and waiting at a barrier: a row
+// of 768 takes 0.14 us on Zen 4
 constexpr int64_t kOwnNormRows = 8;
 
 struct Batch {

@@ -36,6 +36,7 @@ def choose_device(device: object, device_map: object) -> torch.device:
     if wanted == "auto" and device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        # mypy cannot see that an int has been dealt with
         chosen = torch.device("cuda", wanted) if type(wanted) is int else torch.device(wanted)  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
         raise ValueError(
@@ -158,6 +159,7 @@ def initialize_missing(
         owner, name = _slot(model, key)
         owners.setdefault(id(owner), (owner, set()))[1].add(name)
         old = owner._parameters.get(name)
+        # a name is a parameter or a buffer, and neither is None here
         shape = old.shape if old is not None else owner._buffers[name].shape  # type: ignore[union-attr]
         _put(model, key, torch.zeros(shape, dtype=dtype, device=device))
     with torch.no_grad():

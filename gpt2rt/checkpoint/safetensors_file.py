@@ -177,6 +177,7 @@ def read_into(file: io.FileIO, info: TensorInfo, out: Tensor) -> None:
     """
     if info.nbytes == 0:
         return
+    # an array offers the buffer protocol, which its type hints leave out
     view = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     done = 0
     try:

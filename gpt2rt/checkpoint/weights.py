@@ -39,7 +39,7 @@ class Weights:
         Raises:
             CheckpointError: the file cannot be read or has changed.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define read(name)")
 
     def __enter__(self) -> Self:
         return self

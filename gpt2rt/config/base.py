@@ -441,6 +441,7 @@ class PretrainedConfig:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PretrainedConfig) and type(self) is type(other) and self.to_dict() == other.to_dict()
 
+    # fields can be assigned; None is how Python marks a class as unhashable, though mypy expects a method
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:

@@ -360,7 +360,7 @@ class GenerationConfig:
             theirs.pop(name, None)
         return mine == theirs
 
-    # fields can be assigned, so equal configs need not stay equal
+    # fields can be assigned, so equal configs need not stay equal; None is how Python says so, mypy expects a method
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:

@@ -93,7 +93,7 @@ def greedy(scores: Tensor) -> list[int]:
         scores: [num_rows, vocab_size] float32, as :func:`check_scores` accepts them.
     """
     if scores.device.type == "cpu":
-        # 3 us for 50257 scores; torch's argmax takes 100 us
+        # 4 us for 50257 scores, where torch's argmax takes 43 us (Zen 4, one core)
         return scores.numpy().argmax(axis=1).tolist()
     return scores.argmax(dim=-1).tolist()
 

@@ -96,6 +96,7 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
         [..., out].
     """
     if is_plain(module, nn.Linear):
+        # is_plain has shown what module is, but nn.Module is all that mypy knows
         weight: Tensor = module.weight  # type: ignore[assignment]
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         if runs_kernels(module, x, weight, *([] if bias is None else [bias])):

@@ -127,6 +127,7 @@ class PreTrainedModel(SavingModel):
             for child in module.children():
                 visit(child)
             self._init_weights(module)
+            # a mark on the module; mypy takes every attribute of one for a tensor or module
             module._weights_initialized = True  # type: ignore[assignment]
 
         visit(self)
