@@ -46,9 +46,10 @@ x = torch.randn(3, 8)
 y = ops.layer_norm(x, torch.ones(8), torch.zeros(8), 1e-5)
 torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (8,)))
 from gpt2rt import GPT2Config, GPT2LMHeadModel
+torch.manual_seed(0)
 model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0))
 assert model.generation_executor().name == "eager"
-print(model.generate(torch.tensor([[1, 2]]), max_new_tokens=3).shape)
+print(model.generate(torch.tensor([[1, 2]]), min_new_tokens=3, max_new_tokens=3).shape)
 """
 
 
