@@ -20,7 +20,7 @@ from .runtime import executor_for
 
 
 class GenerationMixin:
-    """Adds ``generate`` to a model class with ``config``, ``device`` and ``graph_weights()``."""
+    """Adds ``generate`` to a model class with ``config``, ``device`` and ``build_graph()``."""
 
     config: Any
 

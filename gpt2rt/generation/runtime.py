@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt2rt.graph import Executor, Plan, build_plan, executor_names, make_executor
+from gpt2rt.graph import Executor, executor_names, make_executor
 
 # elements of each parameter that are compared, to notice changes that torch does not count
 _SAMPLES = 8
@@ -75,10 +75,6 @@ def _samples(parameters: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def _build_plan(model: Any) -> Plan:
-    return build_plan(model.config, model.graph_weights(), model.base_model.h[0].mlp.act)
-
-
 def _warn_of_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name and (module._forward_hooks or module._forward_pre_hooks):
@@ -94,7 +90,7 @@ def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> 
     """The executor that runs a model's generation steps.
 
     Args:
-        model: a model with ``config``, ``graph_weights()`` and blocks.
+        model: a model with ``config`` and ``build_graph()``.
         name: "cpu" or "eager", which is also used from now on; None: the one chosen before, else the fastest.
         rebuild: make it anew although no change of the weights was noticed.
 
@@ -114,7 +110,7 @@ def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> 
             _warn_of_hooks(model)
         wanted = name or runtime.preferred
         if wanted not in runtime.executors:
-            executor = make_executor(_build_plan(model), wanted)
+            executor = make_executor(model.build_graph(), wanted)
             runtime.executors[wanted] = runtime.executors.setdefault(executor.name, executor)
         runtime.preferred = wanted
         return runtime.executors[wanted]

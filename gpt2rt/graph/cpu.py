@@ -77,6 +77,7 @@ class _Encoder:
         self.vectors: list[_Vector] = []
         self.packed: list[_Packed] = []
         self.size = 0
+        self.n_embd = plan.n_embd
         for node in plan.nodes:
             self._encode(node)
 
@@ -134,7 +135,7 @@ class _Encoder:
             case NormResidual():
                 self._row(_NORM, self._norm(node.norm), {5: node.norm.weight.numel()})
             case Head():
-                width = {} if node.linear or not node.norm else {5: node.norm.weight.numel()}
+                width = {} if node.linear else {5: self.n_embd}
                 self._row(_HEAD, self._norm(node.norm), self._linear(node.linear), width)
 
     def fill(self) -> Tensor:

@@ -27,14 +27,14 @@ def attention_scale(config: GPT2Config, layer: int) -> float:
 
 
 def build_plan(config: GPT2Config, weights: Mapping[str, Tensor], activation: Callable[[Tensor], Tensor]) -> Plan:
-    """The plan of a GPT-2 language model.
+    """The plan of a GPT-2, as a language model if ``weights`` holds an output layer.
 
     Args:
         config: sizes and flags.
         weights: by checkpoint name without prefix: ``wte.weight`` [vocab_size, n_embd], ``h.0.attn.c_attn.weight``
-            [n_embd, 3 * n_embd] as ``Conv1D`` stores it, ..., ``lm_head.weight`` [vocab_size, n_embd]. All of one dtype
-            and device. The plan keeps views: a change of the tensors in place is seen by the eager executor, not by
-            one that has packed them.
+            [n_embd, 3 * n_embd] as ``Conv1D`` stores it, ..., and, if logits are wanted, ``lm_head.weight``
+            [vocab_size, n_embd]. All of one dtype and device. The plan keeps views: a change of the tensors in place is
+            seen by the eager executor, not by one that has packed them.
         activation: the plain torch form of ``config.activation_function``.
 
     Returns:
@@ -72,14 +72,15 @@ def build_plan(config: GPT2Config, weights: Mapping[str, Tensor], activation: Ca
             NormLinearAct(norm(f"{block}.ln_2"), conv1d(f"{block}.mlp.c_fc"), config.activation_function, activation),
             LinearResidual(conv1d(f"{block}.mlp.c_proj")),
         ]
-    nodes.append(Head(norm("ln_f"), Linear(weights["lm_head.weight"], None)))
+    lm_head = weights.get("lm_head.weight")
+    nodes.append(Head(norm("ln_f"), None if lm_head is None else Linear(lm_head, None)))
     return Plan(
         nodes=tuple(nodes),
         n_layer=config.n_layer,
         n_head=config.n_head,
         head_dim=head_dim,
         n_embd=config.n_embd,
-        vocab_size=weights["lm_head.weight"].size(0),
+        vocab_size=(wte if lm_head is None else lm_head).size(0),
         n_positions=config.n_positions,
         dtype=wte.dtype,
         device=wte.device,

@@ -7,7 +7,7 @@
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Names of modules and parameters,
 arguments of forward and its results are those of transformers. Here the layers call each other one by one, so that
 hooks, masks, gradients and intermediate results all work; ``generate`` runs the same weights as one graph, made from
-``graph_weights``.
+``build_graph``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from gpt2rt import ops
 from gpt2rt.config import GPT2Config
 from gpt2rt.generation import GenerationMixin
+from gpt2rt.graph import Plan, build_plan
 
 from .attention import AttentionMask, cross_attention_mask, self_attention_mask
 from .cache import DynamicCache, EncoderDecoderCache, as_cache
@@ -65,6 +66,26 @@ class GPT2PreTrainedModel(PreTrainedModel):
             # two layers a block add to the residual stream; Radford et al. (2019), section 2.3
             nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
+    def graph_weights(self) -> dict[str, Tensor]:
+        """The weights by their published names, detached: ``wte.weight``, ``h.0.ln_1.weight``, ..., ``ln_f.bias``.
+
+        A language model's ``lm_head.weight`` is always there; tied, it shares the memory of ``wte.weight``. Other heads
+        are not part of the graph.
+        """
+        weights = {name: parameter.detach() for name, parameter in self.base_model.named_parameters()}
+        head = self.get_output_embeddings()
+        if head is not None:
+            weights["lm_head.weight"] = head.get_parameter("weight").detach()
+        return weights
+
+    def build_graph(self) -> Plan:
+        """The model as a flat plan of fused nodes for ``gpt2rt.graph``; without a language-modelling head, the trunk.
+
+        Raises:
+            ValueError: the graph cannot run this model, or its weights differ in dtype or device.
+        """
+        return build_plan(self.config, self.graph_weights(), self.base_model.get_submodule("h.0.mlp.act"))
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """In training, keep only each block's input and compute the rest again in the backward pass.
 
@@ -106,10 +127,6 @@ class GPT2Model(GPT2PreTrainedModel):
         # arguments for torch's checkpoint function; None: off
         self.gradient_checkpointing: dict[str, Any] | None = None
         self.post_init()
-
-    def graph_weights(self) -> dict[str, Tensor]:
-        """The weights by their published names, detached: ``wte.weight``, ``h.0.ln_1.weight``, ..., ``ln_f.bias``."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def forward(
         self,
@@ -317,13 +334,6 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
         self.transformer = GPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
-
-    def graph_weights(self) -> dict[str, Tensor]:
-        """The weights for ``gpt2rt.graph``, detached: those of :meth:`GPT2Model.graph_weights`, and ``lm_head.weight``.
-
-        ``lm_head.weight`` is always there; with tied embeddings it shares the memory of ``wte.weight``.
-        """
-        return {**self.transformer.graph_weights(), "lm_head.weight": self.lm_head.weight.detach()}
 
     def forward(
         self,

@@ -87,10 +87,6 @@ class GPT2DoubleHeadsModel(GPT2WithHead, GenerationMixin):
         self.multiple_choice_head = SequenceSummary(config)
         self.post_init()
 
-    def graph_weights(self) -> dict[str, Tensor]:
-        """The weights of the language model for ``gpt2rt.graph``, as those of :class:`GPT2LMHeadModel`."""
-        return {**self.transformer.graph_weights(), "lm_head.weight": self.lm_head.weight.detach()}
-
     def forward(
         self,
         input_ids: Tensor | None = None,
