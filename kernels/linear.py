@@ -25,10 +25,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bias_gelu_new import bias_gelu_new_triton
 from .launch import OPTIONS, on_device
-from .refs import linear_ref
+from .refs import linear_gelu_new_ref, linear_ref, linear_residual_ref
 
-__all__ = ["linear_ref", "linear_triton"]
+__all__ = [
+    "linear_gelu_new_ref",
+    "linear_gelu_new_triton",
+    "linear_ref",
+    "linear_residual_ref",
+    "linear_residual_triton",
+    "linear_triton",
+]
 
 # more rows than this go to the tensor cores; starting point, not tuned on a device yet
 MAX_ROWS = 8
@@ -195,6 +203,17 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 **OPTIONS,
             )
     return y
+
+
+def linear_gelu_new_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``gelu_new(x @ weight.T + bias)`` as two kernels, rounded between them; arguments as :func:`linear_triton`."""
+    y = linear_triton(x, weight, None)
+    return bias_gelu_new_triton(y, y.new_zeros(weight.size(0)) if bias is None else bias)
+
+
+def linear_residual_triton(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """``residual + x @ weight.T + bias`` as a kernel and an addition, rounded between them."""
+    return linear_triton(x, weight, bias).add_(residual)
 
 
 def _rows_config(n_in: int, k_contiguous: bool, itemsize: int) -> tuple[int, int, int]:

@@ -119,6 +119,23 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype)
 
 
+def linear_gelu_new_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``gelu_new(x @ weight.T + bias)``, rounded once; arguments as :func:`linear_ref`, the activation as
+    :func:`bias_gelu_new_ref`.
+    """
+    dtype = compute_dtype(x)
+    u = linear_ref(x.to(dtype), weight.to(dtype), None)
+    zero = torch.zeros(weight.size(0), dtype=dtype, device=x.device)
+    return bias_gelu_new_ref(u, zero if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def linear_residual_ref(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """``residual + x @ weight.T + bias``, rounded once; residual is [T, N], the rest as :func:`linear_ref`."""
+    dtype = compute_dtype(x)
+    y = linear_ref(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return (residual.to(dtype) + y).to(x.dtype)
+
+
 def write_kv_ref(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write each token's key and value to its slot of the paged cache, in place; slot -1 is skipped.
 

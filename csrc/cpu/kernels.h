@@ -12,7 +12,7 @@ namespace gpt2rt {
 enum class Activation : int { kNone = 0, kGeluNew = 1, kGelu = 2, kRelu = 3, kSilu = 4, kTanh = 5, kQuickGelu = 6 };
 constexpr int kNumActivations = 7;
 
-// y = act(x w^T + bias), or y += x w^T + bias, for the rows given and the panels panel_begin..panel_end
+// y = act(x w^T + bias) + residual, for the rows given and the panels panel_begin..panel_end
 struct GemmArgs {
   const float* x;  // [m, k], row stride ldx
   int64_t ldx;
@@ -25,8 +25,9 @@ struct GemmArgs {
   int64_t panel_end;
   const float* bias;  // [n] or nullptr
   Activation activation;
-  bool accumulate;  // float32 y only
-  void* y;          // [m, n], row stride ldy (elements)
+  const void* residual;  // [m, n] of y_dtype, row stride ld_residual, added after the activation; nullptr; or y itself
+  int64_t ld_residual;
+  void* y;  // [m, n], row stride ldy (elements)
   DType y_dtype;
   int64_t ldy;
 };

@@ -1,4 +1,4 @@
-// linear and pack_linear. The maths is in kernels/gemm.h, the layout of panels in kernels/pack.h.
+// linear, its forms with an epilogue, and pack_linear. The maths is in kernels/gemm.h, the panels in kernels/pack.h.
 #include "linear.h"
 
 #include <vector>
@@ -53,21 +53,30 @@ void pack_linear(const Tensor& weight, const Tensor& out) {
   });
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const DType dtype = check_storage("linear", "x", x);
-  check_dim("linear", "x", x, 2, "[num_tokens, K]");
-  check_rows("linear", "x", x);
-  const Weight w = check_weight("linear", weight);
-  check_same_dtype("linear", "weight", weight, "x", x);
-  GPT2RT_CHECK(w.k == x.size(1), "linear: weight ", shape_text(weight), " expects rows of ", w.k, ", x is ",
+// residual (or nothing) + act(x w^T + bias)
+Tensor run_linear(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                  Activation activation, const std::optional<Tensor>& residual) {
+  const DType dtype = check_storage(op, "x", x);
+  check_dim(op, "x", x, 2, "[num_tokens, K]");
+  check_rows(op, "x", x);
+  const Weight w = check_weight(op, weight);
+  check_same_dtype(op, "weight", weight, "x", x);
+  GPT2RT_CHECK(w.k == x.size(1), op, ": weight ", shape_text(weight), " expects rows of ", w.k, ", x is ",
                shape_text(x), "; weight is [out_features, in_features], a Conv1D weight must be passed as w.t()");
   if (bias.has_value()) {
-    check_same_dtype("linear", "bias", *bias, "x", x);
-    GPT2RT_CHECK(bias->dim() == 1 && bias->size(0) == w.n, "linear: bias has shape ", shape_text(*bias), ", expected [",
+    check_same_dtype(op, "bias", *bias, "x", x);
+    GPT2RT_CHECK(bias->dim() == 1 && bias->size(0) == w.n, op, ": bias has shape ", shape_text(*bias), ", expected [",
                  w.n, "], the out_features of weight ", shape_text(weight));
-    check_contiguous("linear", "bias", *bias);
+    check_contiguous(op, "bias", *bias);
   }
   const int64_t m = x.size(0);
+  if (residual.has_value()) {
+    check_same_dtype(op, "residual", *residual, "x", x);
+    check_dim(op, "residual", *residual, 2, "[num_tokens, N]");
+    check_rows(op, "residual", *residual);
+    check_size(op, "residual", *residual, 0, m, "the rows of x");
+    check_size(op, "residual", *residual, 1, w.n, "the out_features of weight");
+  }
   Tensor y = new_like(x, {m, w.n});
   if (m == 0 || w.n == 0) return y;
 
@@ -79,8 +88,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   args.k = w.k;
   args.weight_dtype = DType::kFloat32;
   args.n = w.n;
-  args.activation = Activation::kNone;
-  args.accumulate = false;
+  args.activation = activation;
   args.y_dtype = dtype;
   args.ldy = w.n;
   // 16-bit inputs are widened once
@@ -105,6 +113,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
       args.bias = wide_bias.data();
     }
   }
+  const void* add = residual.has_value() ? residual->const_data_ptr() : nullptr;
+  if (add != nullptr) args.ld_residual = residual->stride(0);
   void* py = y.mutable_data_ptr();
   parallel_rows(num_panels(w.n), 2 * (m + 1) * w.k * kPanel, [&](int64_t begin, int64_t end) {
     GemmArgs part = args;
@@ -117,10 +127,24 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
       part.n = w.n - p * kPanel < kPanel ? w.n - p * kPanel : kPanel;
       part.bias = args.bias == nullptr ? nullptr : args.bias + p * kPanel;
       part.y = at(py, p * kPanel, dtype);
+      if (add != nullptr) part.residual = at(add, p * kPanel, dtype);
       kernel.gemm(part);
     }
   });
   return y;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  return run_linear("linear", x, weight, bias, Activation::kNone, std::nullopt);
+}
+
+Tensor linear_gelu_new(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  return run_linear("linear_gelu_new", x, weight, bias, Activation::kGeluNew, std::nullopt);
+}
+
+Tensor linear_residual(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const Tensor& residual) {
+  return run_linear("linear_residual", x, weight, bias, Activation::kNone, residual);
 }
 
 }  // namespace
@@ -128,5 +152,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2rt, CPU, m) {
   m.impl("linear", TORCH_BOX(&gpt2rt::linear));
+  m.impl("linear_gelu_new", TORCH_BOX(&gpt2rt::linear_gelu_new));
+  m.impl("linear_residual", TORCH_BOX(&gpt2rt::linear_residual));
   m.impl("pack_linear", TORCH_BOX(&gpt2rt::pack_linear));
 }

@@ -43,6 +43,9 @@ void gemm_part(const Kernels& k, GemmArgs args, int thread, int threads, std::at
     args.panel_end = panel + 1;
     args.x = whole.x + row * whole.ldx;
     args.y = static_cast<char*>(whole.y) + row * whole.ldy * item_size(whole.y_dtype);
+    if (whole.residual != nullptr) {
+      args.residual = static_cast<const char*>(whole.residual) + row * whole.ld_residual * item_size(whole.y_dtype);
+    }
     args.m = whole.m - row < kRowChunk ? whole.m - row : kRowChunk;
     k.gemm(args);
     done(row, args.m, first_column(panel), first_column(panel + 1));

@@ -185,9 +185,8 @@ class Step {
     if (node.opcode == Opcode::kLinearResidual) {
       args.x = buf_;
       args.ldx = row_stride(buf_width);
-      args.accumulate = true;
-      args.y = x_;
-      args.ldy = layout_.x_stride;
+      args.residual = args.y = x_;
+      args.ld_residual = args.ldy = layout_.x_stride;
     } else {
       args.x = x_;
       args.ldx = layout_.x_stride;

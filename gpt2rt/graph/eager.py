@@ -115,8 +115,8 @@ class _Step:
 
     def _activated(self, node: NormLinearAct) -> Tensor:
         normed = self._normed(node.norm)
-        if node.activation == "gelu_new" and node.linear.bias is not None:
-            return ops.bias_gelu_new(ops.linear(normed, node.linear.weight), node.linear.bias)
+        if node.activation == "gelu_new":
+            return ops.linear_gelu_new(normed, node.linear.weight, node.linear.bias)
         return node.function(ops.linear(normed, node.linear.weight, node.linear.bias))
 
     def _head(self, node: Head, return_hidden: bool) -> StepOutput:

@@ -4,7 +4,7 @@
 
 Source: Vaswani et al., arXiv:1706.03762, eq. 1. Scores and softmax are float32 (float64 for float64 models). A mask is
 a predicate: a key that is not allowed gets probability 0 whatever the scores are, and a query with no allowed key at
-all gets zeros, never NaN. Tensors are [batch, n_head, query_len or key_len, head_dim].
+all gets zeros (or a plain mean, in OpenAI GPT), never NaN. Tensors are [batch, n_head, query_len or key_len, head_dim].
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .ragged import RaggedLayout
 
 # additive masks mark a forbidden key with -inf or with the lowest value of some dtype; float16 has the highest lowest
 FORBIDDEN = -65504.0
@@ -33,18 +35,27 @@ def values_readable(x: Tensor) -> bool:
 class AttentionMask:
     """What the queries of one call may attend to.
 
+    A query with no allowed key is ``dead`` in GPT-2, whose masks are meant as -inf, and ``level`` in OpenAI GPT, whose
+    masks are finite numbers that leave a plain mean.
+
     Attributes:
         visible: bool, [batch or 1, n_head or 1, query_len or 1, key_len], or None: every key. All true in dead rows,
             for the softmax over a row of -inf is NaN, and so is its gradient; what comes out of them is zeroed instead.
         bias: float32 added to the scores, broadcastable like ``visible``, or None.
         dead: bool, [batch or 1, n_head or 1, query_len or 1, 1]: queries with no allowed key; None: there are none.
+        level: bool, shaped like ``dead``: queries that weigh all their visible keys alike; None: there are none.
         causal: query i sees keys 0..i; only where query_len == key_len, and then the others are None.
+        kept: bool, [batch, key_len]: the mask is causality and these keys, nothing else; None: it may be more.
+        layout: the same for the paged kernels, see :func:`gpt2rt.models.ragged.with_layout`, or None.
     """
 
     visible: Tensor | None = None
     bias: Tensor | None = None
     dead: Tensor | None = None
+    level: Tensor | None = None
     causal: bool = False
+    kept: Tensor | None = None
+    layout: RaggedLayout | None = None
 
     @classmethod
     def of(cls, allowed: Tensor, bias: Tensor | None = None) -> AttentionMask:
@@ -53,6 +64,19 @@ class AttentionMask:
         if values_readable(dead) and not bool(dead.any()):
             return cls(allowed, bias)
         return cls(allowed | dead, bias, dead)
+
+    @classmethod
+    def leveled(cls, allowed: Tensor, flags: Tensor) -> AttentionMask:
+        """The mask of OpenAI GPT for ``allowed``, which is ``flags`` (one per key, broadcastable to it) and causal.
+
+        The model was written with additive masks: -1e4 on keys that come later, the lowest float32 on keys without a
+        flag. A query that sees nothing therefore falls back on the keys that come later, if any of them has a flag, and
+        else on all keys; either way what was added is so large that the scores are lost in its rounding.
+        """
+        lost = ~allowed.any(dim=-1, keepdim=True)
+        if values_readable(lost) and not bool(lost.any()):
+            return cls(allowed)
+        return cls(allowed | (lost & (flags | ~flags.any(dim=-1, keepdim=True))), level=lost)
 
 
 def self_attention_mask(
@@ -63,6 +87,8 @@ def self_attention_mask(
     n_head: int,
     packed_positions: Tensor | None,
     device: torch.device,
+    *,
+    level: bool = False,
 ) -> AttentionMask:
     """The mask of a causal model, from what the caller passed.
 
@@ -84,6 +110,8 @@ def self_attention_mask(
         packed_positions: [N or 1, query_len] position ids of sequences that may be packed into one row, or None: where
             they do not go up by one, a new sequence starts, and no token sees another sequence.
         device: of the model.
+        level: a query for which the flags of the keys leave nothing weighs keys alike, see
+            :meth:`AttentionMask.leveled`; False: it gets zeros. With a mask per query it gets zeros either way.
 
     Raises:
         ValueError: the shape fits none of these.
@@ -102,7 +130,9 @@ def self_attention_mask(
         flags = mask.reshape(batch, 1, 1, key_len) != 0
         if values_readable(flags) and bool(flags.all()):
             return _without_mask(query_len, key_len, None, device)
-        return AttentionMask.of(flags if query_len == 1 else flags & causal_allowed(query_len, key_len, device))
+        allowed = flags if query_len == 1 else flags & causal_allowed(query_len, key_len, device)
+        result = AttentionMask.leveled(allowed, flags) if level else AttentionMask.of(allowed)
+        return dataclasses.replace(result, kept=flags.view(batch, key_len))
     if mask.dim() in (3, 4):
         _check_key_len(mask, past_len, query_len)
         return _complete_mask(mask.unsqueeze(1) if mask.dim() == 3 else mask, batch, n_head, query_len, attention_mask)
@@ -196,6 +226,9 @@ def attend(
         [batch, n_head, query_len, head_dim] in the dtype of ``value``; and, if wanted, the probabilities
         [batch, n_head, query_len, key_len] in that dtype, after dropout and ``head_mask``, else None.
     """
+    if mask.level is not None:
+        # a query of zeros scores every key alike
+        query = query.masked_fill(mask.level, 0.0)
     # a bias must reach the scores unrounded, and torch's fused form takes it in the dtype of the query
     exact_bias = mask.bias is None or query.dtype in (torch.float32, torch.float64)
     if want_probs or head_mask is not None or not exact_bias:

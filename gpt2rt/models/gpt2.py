@@ -41,6 +41,7 @@ from .layers import Conv1D, LayerNorm, is_plain, project, runs_kernels
 from .lm_head import causal_lm_loss, keep_positions
 from .outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
 from .pretrained import PreTrainedModel
+from .ragged import SharedRows, project_all, with_layout
 
 
 class GPT2PreTrainedModel(PreTrainedModel):
@@ -191,7 +192,11 @@ class GPT2Model(GPT2PreTrainedModel):
         cache, use_cache = self._cache(past_key_values, use_cache, batch)
         past_len = 0 if cache is None else int(cache.get_seq_length())
         positions = self._positions(position_ids, leading, seq_len, past_len)
-        hidden = self._embed(input_ids, inputs_embeds, token_type_ids, positions, leading, seq_len)
+        token_types = None
+        if token_type_ids is not None:
+            table = "vocabulary, where GPT-2 looks types up,"
+            check_ids("token_type_ids", token_type_ids, self.wte.num_embeddings, table)
+            token_types = as_batch("token_type_ids", token_type_ids, leading, seq_len)
         mask = self_attention_mask(
             attention_mask,
             leading,
@@ -199,8 +204,18 @@ class GPT2Model(GPT2PreTrainedModel):
             past_len,
             config.n_head,
             positions if position_ids is not None and past_key_values is None else None,
-            hidden.device,
+            self.wpe.weight.device,
         )
+        if runs_kernels(self, self.wpe.weight) and self.wpe.weight.device.type == "cpu":
+            tokens: list[Tensor] = []
+            # every token's own result is wanted where more than the last hidden states is, or a caller's cache grows
+            own = output_attentions or wanted_states or past_key_values is not None or config.add_cross_attention
+            if input_ids is not None and not own:
+                tokens = [x for x in (input_ids.reshape(batch, seq_len), token_types, positions) if x is not None]
+            mask = with_layout(mask, batch, seq_len, past_len, tokens)
+        hidden = self._embed(input_ids, inputs_embeds, token_types, positions, batch, seq_len)
+        if mask.layout is not None:
+            hidden = mask.layout.gather(hidden)
         encoder_hidden_states, encoder_mask = self._encoder(
             encoder_hidden_states, encoder_attention_mask, cache, batch, seq_len
         )
@@ -217,7 +232,8 @@ class GPT2Model(GPT2PreTrainedModel):
                 hidden, probs, cross_probs = block(*arguments)
             attentions.append(probs)
             cross_attentions.append(cross_probs)
-        hidden = self.ln_f(hidden).view(*leading, seq_len, config.n_embd)
+        normed = self.ln_f(hidden)
+        hidden = (normed if mask.layout is None else mask.layout.spread(normed)).view(*leading, seq_len, config.n_embd)
         states.append(hidden if config.n_layer in wanted_states else None)
 
         output = BaseModelOutputWithPastAndCrossAttentions(
@@ -229,6 +245,10 @@ class GPT2Model(GPT2PreTrainedModel):
                 tuple(cross_attentions) if output_attentions and encoder_hidden_states is not None else None
             ),
         )
+        if mask.layout is not None and mask.layout.places is not None:
+            if use_cache:
+                mask.layout.spread_cache(cache, batch)
+            output.shared_rows = SharedRows(normed[0], mask.layout.places)
         return output if wants_dict(return_dict, config) else output.to_tuple()
 
     def _cache(self, past_key_values: Any, use_cache: bool | None, batch: int) -> tuple[Any, bool]:
@@ -263,14 +283,14 @@ class GPT2Model(GPT2PreTrainedModel):
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-        token_type_ids: Tensor | None,
+        token_types: Tensor | None,
         positions: Tensor,
-        leading: tuple[int, ...],
+        batch: int,
         seq_len: int,
     ) -> Tensor:
         """[batch, seq_len, n_embd], what the first block reads."""
         wte, wpe = self.wte, self.wpe
-        batch, n_embd = math.prod(leading), self.config.n_embd
+        n_embd = self.config.n_embd
         if input_ids is None:
             assert inputs_embeds is not None
             self._check_dtype("inputs_embeds", inputs_embeds)
@@ -282,9 +302,8 @@ class GPT2Model(GPT2PreTrainedModel):
             hidden = rows.view(batch, seq_len, n_embd)
         else:
             hidden = wte(input_ids.reshape(batch, seq_len)) + wpe(positions)
-        if token_type_ids is not None:
-            check_ids("token_type_ids", token_type_ids, wte.num_embeddings, "vocabulary, where GPT-2 looks types up,")
-            hidden = hidden + wte(as_batch("token_type_ids", token_type_ids, leading, seq_len))
+        if token_types is not None:
+            hidden = hidden + wte(token_types)
         return self.drop(hidden)
 
     def _encoder(
@@ -391,7 +410,10 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = project(self.lm_head, keep_positions(base.last_hidden_state, logits_to_keep))
+        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            logits = project_all(self.lm_head, base)
+        else:
+            logits = project(self.lm_head, keep_positions(base.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None or shift_labels is not None:
             loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch)

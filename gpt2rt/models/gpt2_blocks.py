@@ -17,7 +17,7 @@ from gpt2rt import ops
 from gpt2rt.config import GPT2Config
 
 from .attention import AttentionMask, attend
-from .layers import Activation, Conv1D, LayerNorm, as_rows, is_plain, runs_kernels
+from .layers import Activation, Conv1D, LayerNorm, as_rows, end_branch, is_plain, runs_kernels
 
 
 class GPT2Attention(nn.Module):
@@ -65,6 +65,7 @@ class GPT2Attention(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         head_mask: Tensor | None = None,
         output_attentions: bool = False,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
@@ -74,21 +75,30 @@ class GPT2Attention(nn.Module):
             encoder_hidden_states: [batch, encoder_len, n_embd], for cross attention.
             head_mask: [n_head], factors on the probabilities.
             output_attentions: return the probabilities.
+            residual: [batch, seq_len, n_embd], added to the result.
         Returns:
             [batch, seq_len, n_embd], and the probabilities [batch, n_head, seq_len, key_len] or None.
         """
         mask = AttentionMask() if attention_mask is None else attention_mask
+        layout = None
         if self.is_cross_attention:
             (query,) = self._heads(self.q_attn(hidden_states), 1)
             key, value = self._encoder_keys(encoder_hidden_states, past_key_values)
         else:
-            query, key, value = self._heads(self.c_attn(hidden_states), 3)
+            qkv = self.c_attn(hidden_states)
+            query, key, value = self._heads(qkv, 3)
+            if not output_attentions and head_mask is None and runs_kernels(self, qkv):
+                layout = mask.layout
             if past_key_values is not None:
                 key_len = int(past_key_values.get_seq_length(self.layer_idx)) + key.size(2)
                 own = getattr(past_key_values, "self_attention_cache", past_key_values)
                 key, value = own.update(key, value, self.layer_idx)
                 # caches of a fixed size return all of their room
                 key, value = key[:, :, :key_len], value[:, :, :key_len]
+        if layout is not None:
+            tokens = qkv.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+            out = layout.attend(*tokens, self.scaling).view(hidden_states.shape)
+            return end_branch(self.c_proj, self.resid_dropout, out, residual), None
         out, probs = attend(
             query,
             key,
@@ -100,7 +110,7 @@ class GPT2Attention(nn.Module):
             want_probs=output_attentions,
         )
         out = out.transpose(1, 2).reshape(hidden_states.shape)
-        return self.resid_dropout(self.c_proj(out)), probs
+        return end_branch(self.c_proj, self.resid_dropout, out, residual), probs
 
     def _encoder_keys(self, encoder_hidden_states: Tensor | None, cache: Any) -> tuple[Tensor, ...]:
         if cache is not None and cache.is_updated.get(self.layer_idx):
@@ -129,9 +139,9 @@ class GPT2MLP(nn.Module):
         self.act = Activation(config.activation_function)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., n_embd] to [..., n_embd]."""
-        return self.dropout(self.c_proj(self._inner(hidden_states)))
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., n_embd] to [..., n_embd]; ``residual``, of that shape, is added."""
+        return end_branch(self.c_proj, self.dropout, self._inner(hidden_states), residual)
 
     def _inner(self, x: Tensor) -> Tensor:
         fc, act = self.c_fc, self.act
@@ -141,8 +151,8 @@ class GPT2MLP(nn.Module):
             and is_plain(act, Activation)
             and runs_kernels(fc, x, fc.weight, fc.bias)
         ):
-            # bias and activation in one pass over memory
-            rows = ops.bias_gelu_new(ops.linear(as_rows(x), fc.weight.t()), fc.bias)
+            # the widest tensor of the model is written once
+            rows = ops.linear_gelu_new(as_rows(x), fc.weight.t(), fc.bias)
             return rows.view(*x.shape[:-1], fc.nf)
         return act(fc(x))
 
@@ -177,14 +187,16 @@ class GPT2Block(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Arguments as in :class:`GPT2Attention`. Returns the new hidden states and both kinds of probabilities."""
-        attn_out, probs = self.attn(
-            self.ln_1(hidden_states),
-            past_key_values,
-            attention_mask,
-            head_mask=head_mask,
-            output_attentions=output_attentions,
-        )
-        hidden_states = attn_out + hidden_states
+        arguments: dict[str, Any] = {"head_mask": head_mask, "output_attentions": output_attentions}
+        normed = self.ln_1(hidden_states)
+        # a hook on a module sees its own output, so the residual is added inside plain modules only
+        if is_plain(self.attn, GPT2Attention):
+            hidden_states, probs = self.attn(
+                normed, past_key_values, attention_mask, **arguments, residual=hidden_states
+            )
+        else:
+            attn_out, probs = self.attn(normed, past_key_values, attention_mask, **arguments)
+            hidden_states = attn_out + hidden_states
         cross_probs = None
         if encoder_hidden_states is not None:
             cross_out, cross_probs = self.crossattention(
@@ -192,9 +204,12 @@ class GPT2Block(nn.Module):
                 past_key_values,
                 encoder_attention_mask,
                 encoder_hidden_states,
-                head_mask=head_mask,
-                output_attentions=output_attentions,
+                **arguments,
             )
             hidden_states = hidden_states + cross_out
-        hidden_states = hidden_states + self.mlp(self.ln_2(hidden_states))
+        normed = self.ln_2(hidden_states)
+        if is_plain(self.mlp, GPT2MLP):
+            hidden_states = self.mlp(normed, hidden_states)
+        else:
+            hidden_states = hidden_states + self.mlp(normed)
         return hidden_states, probs, cross_probs

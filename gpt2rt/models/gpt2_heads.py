@@ -31,6 +31,7 @@ from .outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from .ragged import project_all
 from .summary import SequenceSummary, check_cls_index
 
 _BASE_ARGUMENTS = [name for name in inspect.signature(GPT2Model.forward).parameters if name not in ("self", "kwargs")]
@@ -124,7 +125,7 @@ class GPT2DoubleHeadsModel(GPT2WithHead, GenerationMixin):
             check_cls_index("mc_token_ids", mc_token_ids, leading, seq_len)
         arguments = (input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds)
         base = self._run_base(kwargs, arguments, use_cache=use_cache)
-        logits = project(self.lm_head, base.last_hidden_state)
+        logits = project_all(self.lm_head, base)
         mc_logits = self.multiple_choice_head(base.last_hidden_state, mc_token_ids).squeeze(-1)
         mc_loss = None
         if mc_labels is not None:

@@ -104,6 +104,30 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
+def end_branch(projection: nn.Module, dropout: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    """``residual + dropout(projection(x))``, in one pass over memory where nothing stands between.
+
+    Args:
+        projection: a Conv1D, or whatever a caller put in its place.
+        dropout: what follows it.
+        x: [..., in].
+        residual: [..., out], or None to add nothing.
+
+    Returns:
+        [..., out].
+    """
+    if residual is None:
+        return dropout(projection(x))
+    if is_plain(projection, Conv1D) and is_plain(dropout, nn.Dropout):
+        # is_plain has shown what the module is, but nn.Module is all that mypy knows
+        weight: Tensor = projection.weight  # type: ignore[assignment]
+        bias: Tensor = projection.bias  # type: ignore[assignment]
+        if runs_kernels(projection, x, weight, bias, residual) and not dropout.training:
+            rows = ops.linear_residual(as_rows(x), weight.t(), bias, as_rows(residual))
+            return rows.view(residual.shape)
+    return residual + dropout(projection(x))
+
+
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 

@@ -34,6 +34,9 @@ class ModelOutput(OrderedDict):
 
     _names: ClassVar[tuple[str, ...]] = ()
 
+    # not a field: what the model's own head may use instead of last_hidden_state, see ragged.project_all
+    shared_rows: Any = None
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._names = (*cls._names, *(name for name in inspect.get_annotations(cls) if name[0] != "_"))
@@ -226,3 +229,77 @@ class QuestionAnsweringModelOutput(ModelOutput):
     end_logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class BaseModelOutput(ModelOutput):
+    """What the bare OpenAI GPT returns.
+
+    Attributes:
+        last_hidden_state: [*leading, seq_len, n_embd], after the norm of the last block.
+        hidden_states: n_layer + 1 tensors when asked for: the embeddings and the output of each block, the last of
+            which is ``last_hidden_state``; entries that were not selected are None.
+        attentions: per block [batch, n_head, query_len, key_len], probabilities, when asked for.
+        past_key_values: the cache, when ``use_cache``. transformers has none here; it stands last, so that the order of
+            the others is transformers' with and without it.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Any = None
+
+
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class CausalLMOutput(ModelOutput):
+    """What the OpenAI GPT language model returns.
+
+    Attributes:
+        loss: scalar float32, when labels were given.
+        logits: [*leading, kept positions, vocab_size], in the dtype of the weights.
+        hidden_states, attentions, past_key_values: as in :class:`BaseModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Any = None
+
+
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class OpenAIGPTDoubleHeadsModelOutput(ModelOutput):
+    """What the OpenAI GPT with a language-modelling and a multiple-choice head returns.
+
+    Attributes:
+        loss: of the language model, scalar float32, when ``labels`` were given.
+        mc_loss: of the choice, scalar float32, when ``mc_labels`` were given.
+        logits: [*leading, seq_len, vocab_size]; ``leading`` is usually [batch, num_choices].
+        mc_logits: [*leading], the score of each choice; other summaries than ``cls_index`` have other shapes.
+        hidden_states, attentions, past_key_values: as in :class:`BaseModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    mc_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    mc_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Any = None
+
+
+@dataclasses.dataclass(init=False, repr=False, eq=False)
+class SequenceClassifierOutput(ModelOutput):
+    """What an OpenAI GPT that classifies whole sequences returns.
+
+    Attributes:
+        loss: scalar float32, when labels were given.
+        logits: [*leading, num_labels]; for regression the predicted values.
+        hidden_states, attentions, past_key_values: as in :class:`BaseModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Any = None

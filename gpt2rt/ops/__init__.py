@@ -5,7 +5,7 @@ from .activation import bias_gelu_new
 from .attention import paged_decode_attention, paged_prefill_attention, write_kv
 from .block_pool import block_pool_allocate, block_pool_free, block_pool_incref, new_block_pool
 from .embedding import embedding
-from .linear import PANEL, linear, pack_linear, packed_linear_bytes
+from .linear import PANEL, linear, linear_gelu_new, linear_residual, pack_linear, packed_linear_bytes
 from .norm import add_layer_norm, layer_norm
 from .step import cpu_isa, cpu_step, cpu_step_workspace_bytes
 
@@ -24,6 +24,8 @@ __all__ = [
     "extension_status",
     "layer_norm",
     "linear",
+    "linear_gelu_new",
+    "linear_residual",
     "new_block_pool",
     "op_forms",
     "pack_linear",

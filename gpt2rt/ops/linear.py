@@ -18,6 +18,10 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.empty((x.size(0), weight.size(0)), dtype=x.dtype, device=x.device)
 
 
+def _linear_residual_fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    return _linear_fake(x, weight, bias)
+
+
 def _pack_linear_fake(weight: Tensor, out: Tensor) -> None:
     return None
 
@@ -28,6 +32,20 @@ _linear = define(
     reference=refs.linear_ref,
     triton="linear:linear_triton",
     fake=_linear_fake,
+)
+_linear_gelu_new = define(
+    "linear_gelu_new",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference=refs.linear_gelu_new_ref,
+    triton="linear:linear_gelu_new_triton",
+    fake=_linear_fake,
+)
+_linear_residual = define(
+    "linear_residual",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
+    reference=refs.linear_residual_ref,
+    triton="linear:linear_residual_triton",
+    fake=_linear_residual_fake,
 )
 _pack_linear = define("pack_linear", "(Tensor weight, Tensor(a!) out) -> ()", reference=None, fake=_pack_linear_fake)
 
@@ -60,14 +78,46 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: a shape, stride or device does not fit.
         TypeError: a dtype does not fit.
     """
-    check_rows("linear", "x", x)
-    _check_weight("linear", weight)
-    check_like(
-        "linear", "weight", weight, (weight.size(0), x.size(1)), x, "a Conv1D weight is [in, out]: pass weight.t()"
-    )
-    if bias is not None:
-        check_like("linear", "bias", bias, (weight.size(0),), x)
+    _check_linear("linear", x, weight, bias)
     return _linear(x, weight, bias)
+
+
+def linear_gelu_new(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``gelu_new(x @ weight.T + bias)``: the first half of a GPT-2 MLP without a second pass over memory.
+
+    The activation is the tanh approximation of Hendrycks & Gimpel, arXiv:1606.08415. Arguments, result and errors are
+    those of :func:`linear`; the sum is rounded once, after the activation.
+    """
+    _check_linear("linear_gelu_new", x, weight, bias)
+    return _linear_gelu_new(x, weight, bias)
+
+
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """``residual + x @ weight.T + bias``: the end of a branch and its addition to the residual stream in one pass.
+
+    Args:
+        x, weight, bias: as in :func:`linear`.
+        residual: [num_tokens, out_features], dtype and device of ``x``; rows contiguous.
+
+    Returns:
+        [num_tokens, out_features], a new tensor; the sum is rounded once.
+
+    Raises:
+        ValueError: a shape, stride or device does not fit.
+        TypeError: a dtype does not fit.
+    """
+    _check_linear("linear_residual", x, weight, bias)
+    check_rows("linear_residual", "residual", residual)
+    check_like("linear_residual", "residual", residual, (x.size(0), weight.size(0)), x)
+    return _linear_residual(x, weight, bias, residual)
+
+
+def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_rows(op, "x", x)
+    _check_weight(op, weight)
+    check_like(op, "weight", weight, (weight.size(0), x.size(1)), x, "a Conv1D weight is [in, out]: pass weight.t()")
+    if bias is not None:
+        check_like(op, "bias", bias, (weight.size(0),), x)
 
 
 def packed_linear_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:

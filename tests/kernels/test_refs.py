@@ -14,7 +14,9 @@ from gpt2rt.kernels.refs import (
     bias_gelu_new_ref,
     embedding_ref,
     layer_norm_ref,
+    linear_gelu_new_ref,
     linear_ref,
+    linear_residual_ref,
     paged_decode_attention_ref,
     paged_prefill_attention_ref,
     write_kv_ref,
@@ -85,6 +87,10 @@ def test_linear(conv1d):
     torch.testing.assert_close(linear_ref(x, weight, bias), F.linear(x, weight, bias))
     torch.testing.assert_close(linear_ref(x, weight, None), F.linear(x, weight))
     assert linear_ref(x, weight, bias).is_contiguous()
+    y = F.linear(x, weight, bias)
+    torch.testing.assert_close(linear_residual_ref(x, weight, bias, y), y + y)
+    torch.testing.assert_close(linear_gelu_new_ref(x, weight, bias), F.gelu(y, approximate="tanh"))
+    torch.testing.assert_close(linear_gelu_new_ref(x, weight, None), F.gelu(F.linear(x, weight), approximate="tanh"))
 
 
 def test_linear_sums_in_float32():

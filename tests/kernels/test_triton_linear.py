@@ -8,7 +8,17 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from gpt2rt.kernels.linear import MAX_ROWS, MAX_WHOLE_K, TILES, linear_ref, linear_triton
+from gpt2rt.kernels.linear import (
+    MAX_ROWS,
+    MAX_WHOLE_K,
+    TILES,
+    linear_gelu_new_ref,
+    linear_gelu_new_triton,
+    linear_ref,
+    linear_residual_ref,
+    linear_residual_triton,
+    linear_triton,
+)
 
 pytestmark = pytest.mark.kernel
 
@@ -42,6 +52,22 @@ def test_without_bias(m, cut_rows, as_exact_as_torch):
     x, weight, _ = make(m, 21, 50, torch.float16, False, cut_rows)
     definition = linear_ref(x.double(), weight.double(), None)
     as_exact_as_torch(linear_triton(x, weight, None), torch.nn.functional.linear(x, weight), definition)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 37, 63), (17, 64, 64)])
+def test_epilogues(m, n, k, dtype, cut_rows, as_exact_as_torch):
+    x, weight, bias = make(m, n, k, dtype, True, cut_rows)
+    residual = cut_rows(torch.randn(m, n, dtype=dtype))
+    y = torch.nn.functional.linear(x, weight, bias)
+    exact = x.double(), weight.double(), bias.double()
+    as_exact_as_torch(
+        linear_residual_triton(x, weight, bias, residual), y + residual, linear_residual_ref(*exact, residual.double())
+    )
+    gelu = torch.nn.functional.gelu(y, approximate="tanh")
+    as_exact_as_torch(linear_gelu_new_triton(x, weight, bias), gelu, linear_gelu_new_ref(*exact))
+    plain = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight), approximate="tanh")
+    as_exact_as_torch(linear_gelu_new_triton(x, weight, None), plain, linear_gelu_new_ref(exact[0], exact[1], None))
 
 
 def test_rows_of_weights_longer_than_a_tile(cut_rows, as_exact_as_torch):

@@ -39,6 +39,53 @@ def test_linear(m, k, n, orientation, dtype, assert_matmul):
     assert_matmul(without, refs.linear_ref(x, weight, None), refs.linear_ref(x.double(), weight.double(), None))
 
 
+@pytest.mark.parametrize("orientation", ["linear", "conv1d"])
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_linear_with_epilogues(m, k, n, orientation, dtype, assert_matmul):
+    x = torch.randn(m, k + 7).to(dtype)[:, :k]
+    weight, bias = weight_of(n, k, dtype, orientation) / k**0.5, torch.randn(n).to(dtype)
+    residual = torch.randn(m, n + 3).to(dtype)[:, :n]
+    before = residual.clone()
+    double = [t.double() for t in (x, weight, bias)]
+    for given, exact in ((bias, double[2]), (None, None)):
+        y = ops.linear_gelu_new(x, weight, given)
+        assert y.shape == (m, n)
+        assert y.is_contiguous()
+        expected = refs.linear_gelu_new_ref(x, weight, given)
+        assert_matmul(y, expected, refs.linear_gelu_new_ref(double[0], double[1], exact))
+        y = ops.linear_residual(x, weight, given, residual)
+        assert y.is_contiguous()
+        assert y.data_ptr() != residual.data_ptr()
+        expected = refs.linear_residual_ref(x, weight, given, residual)
+        assert_matmul(y, expected, refs.linear_residual_ref(double[0], double[1], exact, residual.double()))
+    assert torch.equal(residual, before)
+
+
+def test_epilogues_add_one_rounding_less_than_separate_ops():
+    x, weight, bias = torch.randn(9, 100), torch.randn(70, 100), torch.randn(70)
+    residual = torch.randn(9, 70)
+    # in float32 the separate ops round nothing away, so the bits are the same
+    assert torch.equal(ops.linear_residual(x, weight, bias, residual), residual + ops.linear(x, weight, bias))
+    assert torch.equal(
+        ops.linear_gelu_new(x, weight, bias), ops.bias_gelu_new(ops.linear(x, weight, bias), torch.zeros(70))
+    )
+    half = [t.bfloat16() for t in (x, weight, bias)]
+    exact = refs.linear_gelu_new_ref(*(t.double() for t in half))
+    fused = (ops.linear_gelu_new(*half).double() - exact).abs().sum()
+    apart = (ops.bias_gelu_new(ops.linear(half[0], half[1]), half[2]).double() - exact).abs().sum()
+    assert fused < apart
+
+
+def test_epilogues_do_not_depend_on_other_rows(dtype):
+    x, weight, bias = torch.randn(37, 300).to(dtype), torch.randn(130, 300).to(dtype), torch.randn(130).to(dtype)
+    residual = torch.randn(37, 130).to(dtype)
+    gelu, added = ops.linear_gelu_new(x, weight, bias), ops.linear_residual(x, weight, bias, residual)
+    for row in (0, 5, 36):
+        one = x[row : row + 1]
+        assert torch.equal(ops.linear_gelu_new(one, weight, bias)[0], gelu[row])
+        assert torch.equal(ops.linear_residual(one, weight, bias, residual[row : row + 1])[0], added[row])
+
+
 def test_linear_takes_views_of_larger_weights():
     base = torch.randn(40, 90)
     x = torch.randn(3, 50)
@@ -121,6 +168,12 @@ def test_pack_linear_refuses():
         (lambda x, w: OPS.linear(x.int(), w, None), "x is int32"),
         (lambda x, w: OPS.linear(x, torch.randn(8, 10)[:, ::2], None), r"strides \[10, 2\], expected 1 in one"),
         (lambda x, w: OPS.linear(torch.randn(5, 4).t(), w, None), "x has stride 4 in its last dimension"),
+        (lambda x, w: OPS.linear_residual(x, w, None, torch.ones(4, 7)), "residual"),
+        (lambda x, w: OPS.linear_residual(x, w, None, torch.ones(3, 8)), "residual"),
+        (lambda x, w: OPS.linear_residual(x, w, None, torch.ones(4, 8).half()), "residual is float16"),
+        (lambda x, w: OPS.linear_residual(x, w, None, torch.ones(8, 4).t()), "residual has stride"),
+        (lambda x, w: ops.linear_residual(x, w, None, torch.ones(4, 7)), r"residual has shape \[4, 7\], expected"),
+        (lambda x, w: OPS.linear_gelu_new(x, w.t(), None), "linear_gelu_new: weight"),
     ],
 )
 def test_bad_arguments(call, message):

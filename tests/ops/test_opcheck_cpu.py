@@ -18,6 +18,8 @@ def row_cases():
     yield OPS.embedding, (torch.tensor([1, 2]), torch.tensor([0, 1]), x, torch.randn(3, 24))
     yield OPS.linear, (x, torch.randn(7, 24), torch.randn(7))
     yield OPS.linear, (x, torch.randn(24, 7).t(), None)
+    yield OPS.linear_gelu_new, (x, torch.randn(24, 7).t(), torch.randn(7))
+    yield OPS.linear_residual, (x, torch.randn(7, 24), None, torch.randn(5, 7))
     yield OPS.pack_linear, (torch.randn(7, 24), aligned_bytes(64 * 24 * 4))
 
 

@@ -1,4 +1,4 @@
-// y = act(x w^T + bias) on packed panels.
+// y = act(x w^T + bias) + residual on packed panels.
 //
 // Every output is a chain of fused multiply-adds over k in increasing order from 0 for each 64 elements of k, these
 // sums added in order, then the bias: the same operations for every number of rows, every dtype of storage and every
@@ -96,14 +96,13 @@ inline void microkernel_rows(int rows, const float* x, int64_t ldx, int64_t k, c
 template <typename T>
 inline void finish_row(const GemmArgs& args, const float* sums, int64_t row, int64_t column, int64_t columns) {
   T* y = static_cast<T*>(args.y) + row * args.ldy + column;
+  const T* residual = static_cast<const T*>(args.residual);
+  if (residual != nullptr) residual += row * args.ld_residual + column;
   for_vectors(columns, [&](int64_t i, int lanes) {
     Vec v = load(sums + i);
     if (args.bias != nullptr) v = add(v, load_lanes(args.bias + column + i, lanes));
-    if (args.accumulate) {
-      v = add(load_lanes(y + i, lanes), v);
-    } else {
-      v = apply(args.activation, v);
-    }
+    v = apply(args.activation, v);
+    if (residual != nullptr) v = add(load_lanes(residual + i, lanes), v);
     store_lanes(y + i, v, lanes);
   });
 }
