@@ -1,4 +1,4 @@
-"""Texts to token ids and back: the calls that all byte-level tokenizers share."""
+"""Texts to token ids and back: the calls that all tokenizers share."""
 
 import itertools
 import warnings
@@ -18,6 +18,11 @@ NO_PAD_TOKEN = (
     "model's embeddings."
 )
 
+NO_OFFSETS = (
+    "offsets are not known with use_ftfy_spacy: ftfy and spaCy rewrite the text before it is split; make the tokenizer "
+    "without use_ftfy_spacy to get them"
+)
+
 
 def guarded(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call into the tokenizer library; its panics, which are no ``Exception``, become TokenizerError."""
@@ -32,10 +37,9 @@ def guarded(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 class CallableTokenizer(SpecialTokens):
     """Encoding and decoding on top of a ``tokenizers.Tokenizer`` without post-processor.
 
-    A subclass gives ``_backend_for`` and ``_template``.
+    A subclass gives ``_backend_for``, ``_template`` and ``_decode``.
     """
 
-    errors: str
     padding_side: str
     truncation_side: str
     model_max_length: int
@@ -46,6 +50,8 @@ class CallableTokenizer(SpecialTokens):
     pad_token_type_id = 0
     is_fast = True
     _warned_long = False
+    #: whether tokens can be traced to characters of the text
+    _has_offsets = True
 
     def _backend_for(self, add_prefix_space: bool, split_special_tokens: bool) -> Any:
         """The ``tokenizers.Tokenizer`` for these settings."""
@@ -117,6 +123,8 @@ class CallableTokenizer(SpecialTokens):
         """
         if text is None and text_target is None:
             raise TokenizerError("pass text or text_target, both are None")
+        if return_offsets_mapping and not self._has_offsets:
+            raise TokenizerError(NO_OFFSETS)
         layout = plan_layout(padding, truncation, max_length, stride, pad_to_multiple_of, self.model_max_length)
         self._require_pad_token(layout.padding is not None)
         if return_attention_mask is None:
@@ -189,24 +197,20 @@ class CallableTokenizer(SpecialTokens):
         if not batched and return_tensors is None and not overflowing:
             # transformers keeps the length of a single text in a list of one
             data = {name: value if name == "length" else value[0] for name, value in data.items()}
-        return BatchEncoding(data, rows, return_tensors)
+        return BatchEncoding(data, rows, return_tensors, no_offsets=None if self._has_offsets else NO_OFFSETS)
 
     def _encode_rows(
         self, firsts: list[Any], seconds: list[Any] | None, layout: Layout, options: Mapping[str, Any]
     ) -> list[Any]:
         words = options["words"]
-        # words that were split elsewhere lost the space in front of them, which GPT-2's tokens contain
-        backend = self._backend_for(options["prefix"] or words, options["split"])
         template = self._template()
         add = options["add_special_tokens"]
         for texts in (firsts, seconds or ()):
             for index, text in enumerate(texts):
                 for part in text if words else (text,):
                     check_text(part, f"text {index}")
-        left = guarded(backend.encode_batch, firsts, add_special_tokens=False, is_pretokenized=words)
-        right: list[Any] = [None] * len(left)
-        if seconds is not None:
-            right = guarded(backend.encode_batch, seconds, add_special_tokens=False, is_pretokenized=words)
+        left = self._encode_texts(firsts, options)
+        right = [None] * len(left) if seconds is None else self._encode_texts(seconds, options)
         rows = []
         for first, second in zip(left, right, strict=True):
             if layout.truncation is not None and layout.max_length is not None:
@@ -217,6 +221,12 @@ class CallableTokenizer(SpecialTokens):
                 truncate(first, second, room, layout.truncation, layout.stride, options["cut_side"])
             rows.append(guarded(template.process, first, second, add))
         return rows
+
+    def _encode_texts(self, texts: Sequence[Any], options: Mapping[str, Any]) -> list[Any]:
+        """One ``tokenizers.Encoding`` per text (or list of words), without special tokens."""
+        # words that were split elsewhere lost the space in front of them, which GPT-2's tokens contain
+        backend = self._backend_for(options["prefix"] or options["words"], options["split"])
+        return guarded(backend.encode_batch, texts, add_special_tokens=False, is_pretokenized=options["words"])
 
     def _require_pad_token(self, needed: bool) -> None:
         if needed and (self.pad_token is None or self.convert_tokens_to_ids(self.pad_token) is None):
@@ -256,6 +266,16 @@ class CallableTokenizer(SpecialTokens):
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """How many special tokens a call adds to a text or a pair."""
         return self._template().num_special_tokens_to_add(pair)
+
+    @property
+    def max_len_single_sentence(self) -> int:
+        """The longest text in tokens, its special tokens not counted."""
+        return self.model_max_length - self.num_special_tokens_to_add()
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        """The longest pair of texts in tokens, its special tokens not counted."""
+        return self.model_max_length - self.num_special_tokens_to_add(True)
 
     # ---- padding of ids --------------------------------------------------------------------------------------------
 
@@ -332,10 +352,10 @@ class CallableTokenizer(SpecialTokens):
         Args:
             token_ids: an id, a list of ids, or a tensor or array [seq]; a batch [batch, seq] gives a list of texts.
             skip_special_tokens: leave special tokens out.
-            clean_up_tokenization_spaces: accepted; byte-level text needs no clean-up and none is done, as in
-                transformers 5.
+            clean_up_tokenization_spaces: remove spaces before punctuation and English endings; None takes the
+                tokenizer's setting. Without effect on BPE, as in transformers 5.
         Returns:
-            the text; bytes that are no UTF-8 become what ``errors`` says: U+FFFD ("replace"), nothing ("ignore"), ...
+            the text; bytes that are no UTF-8 become U+FFFD, or what the ``errors`` of a GPT2Tokenizer says.
         Raises:
             UnicodeDecodeError: with ``errors="strict"``, where the bytes are no UTF-8.
             ValueError: an id is negative.
@@ -350,24 +370,16 @@ class CallableTokenizer(SpecialTokens):
         if isinstance(ids, int):
             ids = [ids]
         if ids and isinstance(ids[0], list | tuple):
-            return [self._decode(row, skip_special_tokens) for row in ids]
-        return self._decode(ids, skip_special_tokens)
+            return [self._decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
+        return self._decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
 
-    def _decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        data = b"".join(self.id_to_bytes(int(token_id), skip_special_tokens) for token_id in ids)
-        return data.decode("utf-8", self.errors)
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool, clean: bool | None) -> str:
+        """The text of one sequence."""
+        raise NotImplementedError
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """A list of texts, one per row of ``sequences``; see :meth:`decode`."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in _as_lists(sequences)[0]]
-
-    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """The text of tokens in the alphabet of the vocabulary."""
-        from gpt2rt.tokenizers.bytelevel import token_to_bytes
-
-        added = self.added_tokens_encoder
-        data = b"".join(token.encode("utf-8") if token in added else token_to_bytes(token) for token in tokens)
-        return data.decode("utf-8", self.errors)
 
 
 def _side(name: str, value: str | None, default: str) -> str:

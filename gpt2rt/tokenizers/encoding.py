@@ -32,6 +32,7 @@ class BatchEncoding(UserDict):
         encodings: one ``tokenizers.Encoding`` per row, for the mapping methods.
         tensor_type: None, "pt" (torch) or "np" (numpy).
         prepend_batch_axis: with ``tensor_type``: treat the values as those of one row.
+        no_offsets: why tokens cannot be traced to characters; None if they can.
     Raises:
         ValueError: rows of unequal length cannot become a tensor, or ``tensor_type`` is unknown.
     """
@@ -42,8 +43,10 @@ class BatchEncoding(UserDict):
         encodings: Sequence[Any] | None = None,
         tensor_type: str | None = None,
         prepend_batch_axis: bool = False,
+        no_offsets: str | None = None,
     ) -> None:
         super().__init__(data or {})
+        self._no_offsets = no_offsets
         self._encodings = list(encodings) if encodings is not None else None
         self.convert_to_tensors(tensor_type, prepend_batch_axis)
 
@@ -74,6 +77,12 @@ class BatchEncoding(UserDict):
         row, index = (0, first) if second is None else (first, second)
         encoding = self._rows()[row]
         return encoding, index
+
+    def _traced_row(self, first: int, second: int | None) -> tuple[Any, int]:
+        """:meth:`_row`, for the methods that know about characters."""
+        if self._no_offsets is not None:
+            raise ValueError(self._no_offsets)
+        return self._row(first, second)
 
     @property
     def is_fast(self) -> bool:
@@ -114,7 +123,7 @@ class BatchEncoding(UserDict):
 
     def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> CharSpan | None:
         """The characters a token covers; None for special tokens and padding."""
-        encoding, index = self._row(batch_or_token_index, token_index)
+        encoding, index = self._traced_row(batch_or_token_index, token_index)
         span = encoding.token_to_chars(index)
         return CharSpan(*span) if span is not None else None
 
@@ -130,7 +139,7 @@ class BatchEncoding(UserDict):
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
     ) -> CharSpan | None:
         """The characters of a word."""
-        encoding, index = self._row(batch_or_word_index, word_index)
+        encoding, index = self._traced_row(batch_or_word_index, word_index)
         span = encoding.word_to_chars(index, sequence_index)
         return CharSpan(*span) if span is not None else None
 
@@ -138,14 +147,14 @@ class BatchEncoding(UserDict):
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
     ) -> int | None:
         """The token that covers a character of the text; None where no token does."""
-        encoding, index = self._row(batch_or_char_index, char_index)
+        encoding, index = self._traced_row(batch_or_char_index, char_index)
         return encoding.char_to_token(index, sequence_index)
 
     def char_to_word(
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
     ) -> int | None:
         """The number of the word that covers a character of the text."""
-        encoding, index = self._row(batch_or_char_index, char_index)
+        encoding, index = self._traced_row(batch_or_char_index, char_index)
         return encoding.char_to_word(index, sequence_index)
 
     def convert_to_tensors(self, tensor_type: str | None = None, prepend_batch_axis: bool = False) -> Self:

@@ -1,19 +1,29 @@
 """Reading tokenizer files, and checking them before any of their content reaches the tokenizer library.
 
-A ``tokenizer.json`` is a small program: it names components, patterns and templates. Those a GPT-2 tokenizer is made
-of are known, so only they are accepted, and the tokenizer is built anew from the vocabulary, the merges and the added
-tokens. The file itself is never handed to the library, where a crafted one can panic or run a pattern forever.
+A ``tokenizer.json`` is a small program: it names components, patterns and templates. Those that a GPT-2 or an OpenAI
+GPT tokenizer is made of are known, so only they are accepted here, and the tokenizer is built anew from the vocabulary,
+the merges and the added tokens. The file itself is never handed to the library, where a crafted one can panic or run a
+pattern forever. Other tokenizers are read by ``components``.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2rt.checkpoint.json_files import MAX_JSON_BYTES, read_json_object
-from gpt2rt.errors import CheckpointError, TokenizerError
+from gpt2rt.checkpoint.json_files import read_json_object
+from gpt2rt.errors import TokenizerError
+from gpt2rt.tokenizers.load import read_text
+from gpt2rt.tokenizers.special import check_text
+
+#: what OpenAI GPT's vocabulary appends to the last piece of a word
+END_OF_WORD = "</w>"
+# switches of the library's BPE that neither model has
+BPE_SWITCHES = ("byte_fallback", "ignore_merges", "fuse_unk")
+USE_AUTO = "; gpt2rt.AutoTokenizer.from_pretrained chooses the class that fits a checkpoint's files"
 
 
 class BpeFiles(NamedTuple):
-    """What a byte-level BPE tokenizer is made of."""
+    """What a BPE tokenizer is made of."""
 
     vocab: dict[str, int]  # token -> id
     merges: list[tuple[str, str]]  # best first
@@ -49,7 +59,17 @@ def check_vocab(vocab: Any, where: str) -> dict[str, int]:
         if token_id in owner:
             raise TokenizerError(f"{where}: tokens {owner[token_id]!r} and {token!r} both have id {token_id}")
         owner[token_id] = token
+    for token in vocab if _holds_surrogate("".join(vocab)) else ():
+        check_text(token, f"{where}: token {vocab[token]}")
     return vocab
+
+
+def _holds_surrogate(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
@@ -59,16 +79,7 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
         CheckpointError: the file is missing, too large or not UTF-8.
         TokenizerError: a line does not hold two tokens.
     """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text (byte {error.start}); is it the right file?") from None
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    text = read_text(path)
     merges = []
     # split on line feeds only: str.splitlines would also cut at characters that are part of the alphabet
     for number, line in enumerate(text.split("\n"), start=1):
@@ -113,55 +124,153 @@ def read_tokenizer_json(path: Path) -> BpeFiles:
         CheckpointError: the file is missing or not a JSON object.
         TokenizerError: it uses a component that GPT-2 tokenizers do not have, or its parts do not fit together.
     """
+    return _bpe_files(path, gpt2_settings)
+
+
+def read_openai_gpt_json(path: Path) -> BpeFiles:
+    """The parts of a ``tokenizer.json``, if it describes OpenAI GPT's tokenizer.
+
+    Raises:
+        CheckpointError: the file is missing or not a JSON object.
+        TokenizerError: it uses a component that OpenAI GPT's tokenizer does not have, or its parts do not fit together.
+    """
+    return _bpe_files(path, openai_gpt_settings)
+
+
+def _bpe_files(path: Path, settings_of: Callable[[dict[str, Any], str], dict[str, Any]]) -> BpeFiles:
     data, where = read_json_object(path), str(path)
-    model = _component(data, "model", ("BPE",), where)
-    _expect_off(model, ("dropout", "continuing_subword_prefix", "end_of_word_suffix"), where)
-    _expect_off(model, ("byte_fallback", "ignore_merges", "fuse_unk"), where)
+    settings, model = settings_of(data, where), data["model"]
     vocab = check_vocab(model.get("vocab"), where)
     merges_in = model.get("merges")
     if not isinstance(merges_in, list):
         raise TokenizerError(f"{where}: model.merges must be a list of pairs, got {type(merges_in).__name__}")
     merges = [check_merge(merge, f"{where}, merge {rank}") for rank, merge in enumerate(merges_in)]
     check_merges(vocab, merges, where)
+    return BpeFiles(vocab, merges, read_added_tokens(data.get("added_tokens"), vocab, where), settings)
 
-    settings: dict[str, Any] = {}
-    _component(data, "normalizer", (None,), where)
-    pre = _component(data, "pre_tokenizer", ("ByteLevel",), where)
-    settings["add_prefix_space"] = _flag(pre, "add_prefix_space", False, where)
+
+def gpt2_settings(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Constructor arguments of GPT2Tokenizer that a ``tokenizer.json`` implies; its vocabulary is not looked at.
+
+    Raises:
+        TokenizerError: it is no GPT-2 tokenizer.
+    """
+    model = _component(data, "model", ("BPE",), where, "GPT-2")
+    _expect_off(model, ("dropout", "continuing_subword_prefix", "end_of_word_suffix", *BPE_SWITCHES), where, "GPT-2")
+    _component(data, "normalizer", (None,), where, "GPT-2")
+    pre = _component(data, "pre_tokenizer", ("ByteLevel",), where, "GPT-2")
+    settings = {"add_prefix_space": _flag(pre, "add_prefix_space", False, where)}
     if not _flag(pre, "use_regex", True, where):
         raise TokenizerError(
-            f"{where}: pre_tokenizer.use_regex = false, but GPT-2 splits text by its own pattern first"
+            f"{where}: pre_tokenizer.use_regex = false, but GPT-2 splits text by its own pattern first{USE_AUTO}"
         )
-    _component(data, "decoder", ("ByteLevel",), where)
-    added = _read_added_tokens(data.get("added_tokens"), vocab, where)
-    post = _component(data, "post_processor", (None, "ByteLevel", "TemplateProcessing"), where)
-    if post.get("type") == "TemplateProcessing":
-        settings.update(_read_template(post, where))
-    return BpeFiles(vocab, merges, added, settings)
+    _component(data, "decoder", ("ByteLevel",), where, "GPT-2")
+    return {**settings, **_read_post_processor(data, where, "GPT-2")}
 
 
-def _component(data: dict[str, Any], name: str, allowed: tuple[str | None, ...], where: str) -> dict[str, Any]:
-    part = data.get(name)
-    kind = None
-    if part is not None:
-        kind = part.get("type") if isinstance(part, dict) else repr(part)
-        # files of tokenizers < 0.10 leave the model's type out
-        if name == "model" and kind is None and isinstance(part, dict) and "merges" in part:
-            kind = "BPE"
-        if kind is None:
-            kind = "(no type)"
-    if kind not in allowed:
+def openai_gpt_settings(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Constructor arguments of OpenAIGPTTokenizer that a ``tokenizer.json`` implies; its vocabulary is not looked at.
+
+    Raises:
+        TokenizerError: it is no OpenAI GPT tokenizer.
+    """
+    model = _component(data, "model", ("BPE",), where, "OpenAI GPT")
+    _expect_off(model, ("dropout", "continuing_subword_prefix", *BPE_SWITCHES), where, "OpenAI GPT")
+    if model.get("end_of_word_suffix") != END_OF_WORD:
         raise TokenizerError(
-            f"{where}: {name} is {kind!r}, but a GPT-2 tokenizer has {' or '.join(map(str, allowed))}; other "
-            "tokenizers are not run: use their own library and pass token ids"
+            f"{where}: model.end_of_word_suffix = {model.get('end_of_word_suffix')!r}, but OpenAI GPT's BPE marks the "
+            f"ends of words with {END_OF_WORD!r}{USE_AUTO}"
+        )
+    normalizer = _component(data, "normalizer", ("BertNormalizer",), where, "OpenAI GPT")
+    for name in ("clean_text", "handle_chinese_chars", "lowercase"):
+        if not _flag(normalizer, name, True, where):
+            raise TokenizerError(f"{where}: normalizer.{name} = False, but OpenAI GPT has True{USE_AUTO}")
+    if normalizer.get("strip_accents") not in (None, True):
+        raise TokenizerError(
+            f"{where}: normalizer.strip_accents = {normalizer['strip_accents']!r}, but OpenAI GPT strips them{USE_AUTO}"
+        )
+    _component(data, "pre_tokenizer", ("BertPreTokenizer",), where, "OpenAI GPT")
+    _component(data, "decoder", ("BPEDecoder",), where, "OpenAI GPT")
+    settings = _read_post_processor(data, where, "OpenAI GPT")
+    if isinstance(model.get("unk_token"), str):
+        settings["unk_token"] = model["unk_token"]
+    return settings
+
+
+def read_bert_json(path: Path) -> BpeFiles:
+    """The parts of a ``tokenizer.json`` (without merges), if it describes BERT's tokenizer.
+
+    Raises:
+        CheckpointError: the file is missing or not a JSON object.
+        TokenizerError: it uses a component that BERT's tokenizer does not have, or its parts do not fit together.
+    """
+    data, where = read_json_object(path), str(path)
+    settings = bert_settings(data, where)
+    vocab = check_vocab(data["model"].get("vocab"), where)
+    return BpeFiles(vocab, [], read_added_tokens(data.get("added_tokens"), vocab, where), settings)
+
+
+def bert_settings(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Constructor arguments of BertTokenizer that a ``tokenizer.json`` implies; its vocabulary is not looked at.
+
+    Raises:
+        TokenizerError: it is no BERT tokenizer.
+    """
+    model = _component(data, "model", ("WordPiece",), where, "BERT")
+    if model.get("continuing_subword_prefix", "##") != "##" or model.get("max_input_chars_per_word", 100) != 100:
+        raise TokenizerError(
+            f"{where}: continuing_subword_prefix = {model.get('continuing_subword_prefix')!r} and "
+            f"max_input_chars_per_word = {model.get('max_input_chars_per_word')!r}, but BERT has '##' and 100{USE_AUTO}"
+        )
+    normalizer = _component(data, "normalizer", ("BertNormalizer",), where, "BERT")
+    if not _flag(normalizer, "clean_text", True, where):
+        raise TokenizerError(f"{where}: normalizer.clean_text = false, but BERT has true{USE_AUTO}")
+    settings: dict[str, Any] = {
+        "do_lower_case": _flag(normalizer, "lowercase", True, where),
+        "tokenize_chinese_chars": _flag(normalizer, "handle_chinese_chars", True, where),
+    }
+    if normalizer.get("strip_accents") is not None:
+        settings["strip_accents"] = _flag(normalizer, "strip_accents", False, where)
+    if isinstance(model.get("unk_token"), str):
+        settings["unk_token"] = model["unk_token"]
+    _component(data, "pre_tokenizer", ("BertPreTokenizer",), where, "BERT")
+    _component(data, "decoder", (None, "WordPiece"), where, "BERT")
+    # the class adds "[CLS]" and "[SEP]" itself
+    _component(data, "post_processor", (None, "BertProcessing", "TemplateProcessing"), where, "BERT")
+    return settings
+
+
+def _read_post_processor(data: dict[str, Any], where: str, kind: str) -> dict[str, Any]:
+    post = _component(data, "post_processor", (None, "ByteLevel", "TemplateProcessing"), where, kind)
+    return _read_template(post, where) if post.get("type") == "TemplateProcessing" else {}
+
+
+def _component(
+    data: dict[str, Any], name: str, allowed: tuple[str | None, ...], where: str, kind: str
+) -> dict[str, Any]:
+    part = data.get(name)
+    found = None
+    if part is not None:
+        found = part.get("type") if isinstance(part, dict) else repr(part)
+        # files of tokenizers < 0.10 leave the model's type out
+        if name == "model" and found is None and isinstance(part, dict) and "merges" in part:
+            found = "BPE"
+        if found is None:
+            found = "(no type)"
+    if found not in allowed:
+        raise TokenizerError(
+            f"{where}: {name} is {found!r}, but a{'n' if kind[0] in 'AO' else ''} {kind} tokenizer has "
+            f"{' or '.join(map(str, allowed))}{USE_AUTO}"
         )
     return part if isinstance(part, dict) else {}
 
 
-def _expect_off(part: dict[str, Any], fields: tuple[str, ...], where: str) -> None:
+def _expect_off(part: dict[str, Any], fields: tuple[str, ...], where: str, kind: str) -> None:
     for field in fields:
         if part.get(field) not in (None, False, "", 0):
-            raise TokenizerError(f"{where}: model.{field} = {part[field]!r}, but GPT-2's BPE does not use it")
+            raise TokenizerError(
+                f"{where}: model.{field} = {part[field]!r}, but {kind}'s BPE does not use it{USE_AUTO}"
+            )
 
 
 def _flag(part: dict[str, Any], field: str, default: bool, where: str) -> bool:
@@ -171,7 +280,8 @@ def _flag(part: dict[str, Any], field: str, default: bool, where: str) -> bool:
     return value
 
 
-def _read_added_tokens(listed: Any, vocab: dict[str, int], where: str) -> list[dict[str, Any]]:
+def read_added_tokens(listed: Any, vocab: dict[str, int], where: str) -> list[dict[str, Any]]:
+    """The added tokens of a ``tokenizer.json``, see :func:`check_added_token` and :func:`order_added_tokens`."""
     if listed is None:
         return []
     if not isinstance(listed, list):
@@ -243,6 +353,6 @@ def _read_template(post: dict[str, Any], where: str) -> dict[str, Any]:
                 settings["eos_token"] = after[0]
             return settings
     raise TokenizerError(
-        f"{where}: post_processor has the template {single} / {pair}; gpt2rt knows only an optional token before and "
-        "after each text"
+        f"{where}: post_processor has the template {single} / {pair}; this class knows only an optional token before "
+        f"and after each text{USE_AUTO}"
     )

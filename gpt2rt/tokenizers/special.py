@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpt2rt.errors import TokenizerError
-from gpt2rt.tokenizers.bytelevel import token_to_bytes
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -114,8 +113,15 @@ class SpecialTokens:
         """The same as ``added_tokens_encoder``."""
         return self.added_tokens_encoder
 
+    def _token_bytes(self, token: str, added: bool) -> bytes:
+        """The UTF-8 bytes that a token of the vocabulary, or an added one, stands for in the middle of a text."""
+        raise NotImplementedError
+
     def id_to_bytes(self, token_id: int, skip_special_tokens: bool = False) -> bytes:
         """The bytes that a token stands for; empty for an id that no token has, and for a skipped special token.
+
+        They are exact for byte-level tokenizers. For the others they are what the token adds in the middle of a text,
+        with the space before or after it; at the ends of a text ``decode`` may drop that space.
 
         Raises:
             ValueError: ``token_id`` is negative.
@@ -130,8 +136,7 @@ class SpecialTokens:
             vocab = self._backend.get_vocab(with_added_tokens=True)
             table = [b""] * (max(vocab.values(), default=-1) + 1)
             for token, index in vocab.items():
-                # an added token stands for its own text, a token of the vocabulary is spelled in the byte alphabet
-                table[index] = token.encode("utf-8") if index in added else token_to_bytes(token)
+                table[index] = self._token_bytes(token, index in added)
             self._bytes = table
         return table[token_id] if token_id < len(table) else b""
 
@@ -157,6 +162,29 @@ class SpecialTokens:
             return self._backend.id_to_token(ids)
         kept = [int(i) for i in ids if not (skip_special_tokens and int(i) in self._special_ids)]
         return [self.convert_ids_to_tokens(i) for i in kept]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: Iterable[int],
+        token_ids_1: Iterable[int] | None = None,
+        already_has_special_tokens: bool = True,
+    ) -> list[int]:
+        """1 for each special token of an encoded text, 0 for each other.
+
+        Args:
+            token_ids_0: ids with their special tokens.
+            token_ids_1: must be None.
+            already_has_special_tokens: must be True; call the tokenizer with ``return_special_tokens_mask`` otherwise.
+        Raises:
+            ValueError: the ids are those of texts without special tokens.
+        """
+        if token_ids_1 is not None or not already_has_special_tokens:
+            raise TokenizerError(
+                "get_special_tokens_mask takes encoded ids with their special tokens; to get a mask while encoding, "
+                "call the tokenizer with return_special_tokens_mask=True"
+            )
+        special = set(self.all_special_ids)
+        return [int(int(token_id) in special) for token_id in token_ids_0]
 
     # ---- adding ----------------------------------------------------------------------------------------------------
 

@@ -19,25 +19,6 @@ GOLDEN = {
     "été naïve Größe": [25125, 2634, 41492, 1902, 9101, 39683, 68],
     "12345 3.14 I'll don't WE'LL": [10163, 2231, 513, 13, 1415, 314, 1183, 836, 470, 12887, 6, 3069],
 }
-RANGES = [(0x20, 0x7F), (0xA0, 0x250), (0x400, 0x500), (0x600, 0x6FF), (0x4E00, 0x5000), (0x1F300, 0x1F6FF)]
-SINGLES = "\n\r\t\0 \u00a0\u200b\u200d\ufe0f\u3000'’\ufffd\u2028   "
-
-
-def random_text(rng):
-    """Scripts, emoji, white space of every kind and control characters, in one string."""
-    parts = []
-    for _ in range(rng.randrange(30)):
-        if rng.random() < 0.4:
-            parts.append(rng.choice(SINGLES))
-        else:
-            parts.append(chr(rng.randrange(*rng.choice(RANGES))))
-    return "".join(parts)
-
-
-@pytest.fixture(scope="module")
-def texts():
-    rng = random.Random(0)
-    return [random_text(rng) for _ in range(3000)]
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +27,27 @@ def id_rows():
     return [[rng.randrange(50257) for _ in range(rng.randrange(1, 20))] for _ in range(2000)]
 
 
+@pytest.mark.proves("T2", "I17")
 @pytest.mark.parametrize(("text", "ids"), GOLDEN.items(), ids=repr)
 def test_golden_ids(gpt2, text, ids):
     assert gpt2(text)["input_ids"] == gpt2.encode(text) == ids
     assert gpt2.decode(ids) == text
 
 
+@pytest.mark.proves("T2")
 def test_ids_of_random_text(gpt2, theirs, texts):
     ours = gpt2(texts)["input_ids"]
     assert ours == theirs(texts)["input_ids"]
     assert gpt2.batch_decode(ours) == texts
 
 
+@pytest.mark.proves("T2")
 def test_text_of_random_ids(gpt2, theirs, id_rows):
     for skip in (False, True):
         assert gpt2.batch_decode(id_rows, skip) == theirs.batch_decode(id_rows, skip_special_tokens=skip)
 
 
+@pytest.mark.proves("T3")
 def test_streamed_text_of_random_ids(gpt2, id_rows):
     for ids in id_rows:
         stream = StreamDecoder(gpt2, skip_special_tokens=False)
@@ -81,6 +66,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.proves("T6", "T10")
 @pytest.mark.parametrize("bos", [False, True], ids=["plain", "bos"])
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: ",".join(call))
 def test_calls(gpt2, theirs, texts, call, bos):
@@ -96,6 +82,7 @@ def test_calls(gpt2, theirs, texts, call, bos):
         assert dict(gpt2(batch, pairs, **call)) == dict(theirs(batch, pairs, **call))
 
 
+@pytest.mark.proves("T10")
 @pytest.mark.parametrize("strategy", ["longest_first", "only_first", "only_second"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_truncation_of_pairs(gpt2, theirs, texts, strategy, side):
@@ -131,6 +118,7 @@ def test_tensors(gpt2, theirs, texts):
                 assert same(ours[name], other[name])
 
 
+@pytest.mark.proves("T10")
 def test_maps_between_tokens_words_and_characters(gpt2, theirs):
     text = "Hello, wörld 😀 again"
     ours, other = gpt2(text, "second one"), theirs(text, "second one")
@@ -151,6 +139,7 @@ def test_maps_between_tokens_words_and_characters(gpt2, theirs):
         assert ours.word_to_tokens(0, word, 1) == other.word_to_tokens(0, word, 1)
 
 
+@pytest.mark.proves("T10")
 def test_pad(gpt2, theirs):
     for tokenizer in (gpt2, theirs):
         tokenizer.pad_token = tokenizer.eos_token
@@ -165,6 +154,7 @@ def test_pad(gpt2, theirs):
     assert ours["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
+@pytest.mark.proves("T8")
 def test_files_travel_both_ways(gpt2, theirs, texts, tmp_path, hf):
     for tokenizer in (gpt2, theirs):
         tokenizer.add_tokens(["<fun>", "two words"])

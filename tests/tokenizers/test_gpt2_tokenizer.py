@@ -17,6 +17,7 @@ END = "<|endoftext|>"
 # ---- construction ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("T1", "D1")
 def test_both_spellings_and_both_kinds(tokenizer, small, tmp_path):
     vocab, merges = small
     paths = tokenizer.save_vocabulary(tmp_path)
@@ -36,6 +37,7 @@ def test_both_spellings_and_both_kinds(tokenizer, small, tmp_path):
     assert GPT2TokenizerFast is GPT2Tokenizer
 
 
+@pytest.mark.proves("T1", "D1")
 @pytest.mark.parametrize("arguments", [{}, {"vocab": {"a": 0}}, {"merges_file": "merges.txt"}], ids=str)
 def test_half_a_vocabulary_is_an_error_not_an_empty_tokenizer(arguments):
     with pytest.raises(TokenizerError, match="is missing: pass vocab and merges"):
@@ -49,6 +51,7 @@ def test_missing_files(tmp_path):
         GPT2Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.proves("T2")
 def test_defaults(tokenizer):
     assert tokenizer.model_max_length == int(1e30)
     assert (tokenizer.padding_side, tokenizer.truncation_side) == ("right", "right")
@@ -90,6 +93,7 @@ def test_bad_arguments(small, arguments, message):
 # ---- settings that transformers 5 ignores ----------------------------------------------------------------------------
 
 
+@pytest.mark.proves("T3", "D3")
 def test_errors_is_honoured(small):
     # the first byte of a two-byte character alone
     half = GPT2Tokenizer(*small).encode("ß")[:1]
@@ -101,6 +105,7 @@ def test_errors_is_honoured(small):
     assert GPT2Tokenizer(*small, errors="backslashreplace").decode(broken) == "\\xc3 ok"
 
 
+@pytest.mark.proves("T4", "D3")
 def test_add_prefix_space_at_both_places(small):
     plain, prefixed = GPT2Tokenizer(*small), GPT2Tokenizer(*small, add_prefix_space=True)
     assert prefixed.encode("be") == plain.encode(" be") != plain.encode("be")
@@ -110,6 +115,7 @@ def test_add_prefix_space_at_both_places(small):
     assert plain.encode("be") != plain.encode(" be"), "the call changed nothing for good"
 
 
+@pytest.mark.proves("T5", "D3")
 def test_words_get_a_space_each(tokenizer):
     words = ["to", "be", "question"]
     encoding = tokenizer(words, is_split_into_words=True)
@@ -127,6 +133,7 @@ def test_words_get_a_space_each(tokenizer):
         tokenizer([words, words])
 
 
+@pytest.mark.proves("T9")
 def test_split_special_tokens(tokenizer, small):
     assert tokenizer.encode(f"be{END}") == [*tokenizer.encode("be"), 299]
     pieces = tokenizer.encode(f"be{END}", split_special_tokens=True)
@@ -141,6 +148,7 @@ def test_split_special_tokens(tokenizer, small):
 # ---- special tokens --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("T6")
 def test_bos_and_eos(tokenizer):
     text, pair = tokenizer.encode("be"), tokenizer.encode("or")
     tokenizer.add_bos_token = True
@@ -159,6 +167,7 @@ def test_bos_and_eos(tokenizer):
         tokenizer("be")
 
 
+@pytest.mark.proves("T9")
 def test_adding_tokens(tokenizer):
     assert tokenizer.add_tokens(["<new>", "be", "<new>"]) == 1
     assert tokenizer.add_tokens("<other>") == 1
@@ -176,6 +185,7 @@ def test_adding_tokens(tokenizer):
         tokenizer.add_tokens("\ud800")
 
 
+@pytest.mark.proves("T9")
 def test_an_added_token_keeps_its_characters(tokenizer):
     # outside the byte alphabet or inside it, an added token is plain text
     for token in ("né", "two words", "東", "Ġ"):
@@ -183,6 +193,7 @@ def test_an_added_token_keeps_its_characters(tokenizer):
         assert tokenizer.decode(tokenizer.encode(f"to{token}be")) == f"to{token}be"
 
 
+@pytest.mark.proves("T9")
 def test_special_tokens_by_name(tokenizer):
     assert tokenizer.add_special_tokens({"pad_token": "<|pad|>", "additional_special_tokens": ["<a>", "<b>"]}) == 3
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|pad|>", 300)
@@ -219,12 +230,16 @@ def test_conversions(tokenizer):
     assert tokenizer.convert_tokens_to_string(tokens) == " to be"
     assert tokenizer.convert_ids_to_tokens([299, *ids], skip_special_tokens=True) == tokens
     assert tokenizer.convert_ids_to_tokens(10**6) is None
+    assert tokenizer.get_special_tokens_mask([299, *ids]) == [1] + [0] * len(ids)
+    with pytest.raises(ValueError, match="call the tokenizer with return_special_tokens_mask=True"):
+        tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=False)
     assert tokenizer.tokenize("to", "be") == tokenizer.tokenize("to") + tokenizer.tokenize("be")
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("T7")
 def test_padding_needs_a_token(tokenizer):
     with pytest.raises(ValueError, match="Asking to pad but the tokenizer does not have a padding token"):
         tokenizer(["to", "be or"], padding=True)
@@ -232,6 +247,7 @@ def test_padding_needs_a_token(tokenizer):
         tokenizer.pad([{"input_ids": [1]}])
 
 
+@pytest.mark.proves("T10")
 def test_shapes_of_results(tokenizer):
     assert isinstance(tokenizer("be")["input_ids"][0], int)
     assert isinstance(tokenizer(["be"])["input_ids"][0], list)
@@ -249,6 +265,7 @@ def test_shapes_of_results(tokenizer):
     assert tokenizer.encode_plus("to", "be") == tokenizer("to", "be")
 
 
+@pytest.mark.proves("fault:F42")
 @pytest.mark.parametrize(
     ("text", "call", "message"),
     [
@@ -300,6 +317,9 @@ def test_a_long_text_warns_once(small):
     assert len(tokenizer("to be or not to be", truncation=True)["input_ids"]) == 4
     tokenizer.pad_token = END
     assert len(tokenizer("to", padding="max_length")["input_ids"]) == 4
+    tokenizer.add_bos_token = True
+    assert (tokenizer.max_len_single_sentence, tokenizer.max_len_sentences_pair) == (3, 2)
+    assert repr(tokenizer).startswith("GPT2Tokenizer(name_or_path='', vocab_size=300, model_max_length=4, special_tok")
 
 
 def test_calls_with_different_settings_do_not_disturb_each_other(tokenizer):
@@ -341,6 +361,7 @@ def test_what_decode_takes(tokenizer):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("T8", "D2")
 def test_save_vocabulary_writes_the_two_files(tokenizer, tmp_path):
     paths = tokenizer.save_vocabulary(tmp_path, filename_prefix="my")
     assert [path.rsplit("/", 1)[1] for path in paths] == ["my-vocab.json", "my-merges.txt"]
@@ -351,6 +372,7 @@ def test_save_vocabulary_writes_the_two_files(tokenizer, tmp_path):
     assert len(lines) == 1 + len(tokenizer._merges)
 
 
+@pytest.mark.proves("T8")
 @pytest.mark.parametrize("legacy", [None, True, False])
 def test_everything_survives_saving(small, tmp_path, legacy):
     original = GPT2Tokenizer(
@@ -384,6 +406,7 @@ def test_everything_survives_saving(small, tmp_path, legacy):
         GPT2Tokenizer.from_pretrained(tmp_path, proxies={"http": "x"})
 
 
+@pytest.mark.proves("T8")
 def test_files_of_old_versions(small, tmp_path):
     """added_tokens.json and special_tokens_map.json of transformers 2 to 4."""
     GPT2Tokenizer(*small).save_vocabulary(tmp_path)

@@ -25,6 +25,7 @@ def stream(tokenizer, ids, prompt=(), chunks=None, **keywords):
     return [*pieces, decoder.end()]
 
 
+@pytest.mark.proves("T3")
 def test_a_character_comes_whole_with_its_last_token(bytewise):
     ids = bytewise.encode("a😀é東b")
     assert len(ids) == 1 + 4 + 2 + 3 + 1
@@ -41,6 +42,7 @@ def test_what_is_left_comes_at_the_end(errors):
     assert "".join(pieces) == tokenizer.decode(ids)
 
 
+@pytest.mark.proves("T3")
 def test_strict_errors(bytewise):
     strict = GPT2Tokenizer.train_from_iterator([], 257, errors="strict")
     decoder = StreamDecoder(strict)
@@ -66,6 +68,7 @@ def test_special_tokens(bytewise):
     assert stream(bytewise, [first, 256, second]) == ["", "", "é", ""]
 
 
+@pytest.mark.proves("T3")
 @given(st.lists(st.integers(0, 256), max_size=40), st.integers(1, 5), st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_in_any_pieces(ids, size, skip):

@@ -56,12 +56,14 @@ PANICS = {
 }
 
 
+@pytest.mark.proves("fault:F32")
 @pytest.mark.parametrize(("path", "value"), PANICS.values(), ids=PANICS)
 def test_f32_files_that_make_the_library_panic(whole, tmp_path, path, value):
     with pytest.raises(TokenizerError, match=r"tokenizer.json: (pre_tokenizer is|post_processor has the template)"):
         load(tmp_path, change(whole, path, value))
 
 
+@pytest.mark.proves("fault:F32")
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -107,6 +109,7 @@ def test_f32_only_known_parts_are_accepted(whole, tmp_path, path, value, message
     assert "tokenizer.json" in str(caught.value)
 
 
+@pytest.mark.proves("fault:F32")
 def test_f32_a_hole_in_the_vocabulary(whole, tmp_path):
     content = copy.deepcopy(whole)
     vocab = content["model"]["vocab"]
@@ -118,6 +121,7 @@ def test_f32_a_hole_in_the_vocabulary(whole, tmp_path):
         load(tmp_path, content)
 
 
+@pytest.mark.proves("fault:F32")
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")]
 )
@@ -126,6 +130,7 @@ def test_f32_no_json_object(tmp_path, text):
         load(tmp_path, text)
 
 
+@pytest.mark.proves("fault:F32")
 def test_f32_a_panic_of_the_library_is_an_ordinary_error():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -146,6 +151,7 @@ def pair(tokenizer, tmp_path):
     return tmp_path / "vocab.json", tmp_path / "merges.txt"
 
 
+@pytest.mark.proves("fault:F33")
 @pytest.mark.parametrize(
     "edit",
     [
@@ -162,11 +168,13 @@ def test_f33_harmless_differences_in_merges(pair, tokenizer, edit):
     assert GPT2Tokenizer(*pair)("to be, or not") == tokenizer("to be, or not")
 
 
+@pytest.mark.proves("fault:F33")
 def test_f33_a_byte_order_mark_in_the_vocabulary(pair, tokenizer):
     pair[0].write_bytes(b"\xef\xbb\xbf" + pair[0].read_bytes())
     assert GPT2Tokenizer(*pair)("to be, or not") == tokenizer("to be, or not")
 
 
+@pytest.mark.proves("fault:F33")
 def test_f33_a_version_line_that_is_a_merge(small, tmp_path):
     """A pair that begins like a comment, on a later line, is a merge."""
     vocab, merges = small
@@ -176,6 +184,7 @@ def test_f33_a_version_line_that_is_a_merge(small, tmp_path):
     assert GPT2Tokenizer(*paths).encode("##") == [vocab["##"]]
 
 
+@pytest.mark.proves("fault:F33")
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -193,6 +202,7 @@ def test_f33_merges_that_do_not_fit(pair, line, message):
         GPT2Tokenizer(*pair)
 
 
+@pytest.mark.proves("fault:F33")
 def test_f33_merges_that_are_no_text(pair):
     pair[1].write_bytes(b"#version: 0.2\n\xff\xfe")
     with pytest.raises(CheckpointError, match="is not UTF-8 text"):
@@ -206,6 +216,7 @@ def test_f33_merges_that_are_no_text(pair):
 # ---- tokenizers of other kinds ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("T13")
 def test_other_tokenizers_are_named(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n")
     with pytest.raises(TokenizerError, match=r"has vocab.txt, a WordPiece vocabulary \(BertTokenizer\); GPT2Tokenizer"):
@@ -228,6 +239,7 @@ def test_bytes_outside_a_small_vocabulary_become_the_unknown_token():
     assert tokenizer.encode("abxb") == [2, 3, 1]
 
 
+@pytest.mark.proves("fault:F23")
 def test_remote_code(pair):
     with pytest.raises(ValueError, match="never runs code"):
         GPT2Tokenizer.from_pretrained(pair[0].parent, trust_remote_code=True)
