@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
@@ -51,6 +52,7 @@ def match_names(
     ignored: Iterable[str],
     tied: Mapping[str, str],
     where: str,
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> Match:
     """Pair names in a checkpoint with the keys of a model, with and without the prefix of the bare model.
 
@@ -61,6 +63,8 @@ def match_names(
         ignored: regular expressions; names that match carry no weights.
         tied: key of a tied weight -> key whose tensor it shares; empty when weights are not tied.
         where: the checkpoint, for messages.
+        aliases: key of the model -> another name that its tensor may have in the checkpoint, taken if the key's own
+            name is not there.
     Raises:
         CheckpointError: two names of the checkpoint mean the same key.
     """
@@ -98,6 +102,11 @@ def match_names(
             # some published files keep the shared tensor under the name of the output layer only
             match.sources[source] = name
             match.missing.remove(source)
+    for key, name in aliases.items():
+        if key in match.missing and name in names:
+            match.sources[key] = name
+            match.missing.remove(key)
+            taken.add(name)
     match.unexpected = sorted(names - taken)
     return match
 
@@ -143,7 +152,7 @@ def check_tensors(
             continue
         hint = "config.json and weights do not belong together, or config values were overridden"
         if len(shape) == 2 and info.shape == shape[::-1]:
-            hint = "it is stored transposed: GPT-2 keeps these weights as [inputs, outputs]; save its .T"
+            hint = "it is stored transposed: GPT models keep these weights as [inputs, outputs]; save its .T"
         raise CheckpointError(
             f"{info.path}: tensor {name!r} has shape {list(info.shape)}, the model expects {list(shape)}; {hint}"
         )

@@ -12,6 +12,18 @@ from gpt2rt.errors import CheckpointError
 
 EMBEDDED_PREFIX = "gpt2rt/"
 
+# files of other formats, recognised by name in a local folder to say what they are
+FOREIGN_FILES = {
+    "model.ckpt.index": "the TensorFlow checkpoint of OpenAI's GPT-2 release",
+    "params_0.npy": "the numpy files of OpenAI's GPT release",
+    "model.onnx": "an ONNX graph",
+    "adapter_model.safetensors": "an adapter without its base model",
+    "adapter_model.bin": "an adapter without its base model",
+    "saved_model.pb": "a TensorFlow SavedModel",
+}
+# endings of the same kind
+FOREIGN_SUFFIXES = {".gguf": "GGUF", ".ggml": "GGML", ".pt": "a pickle without a published layout"}
+
 # seconds to wait for the hub's answer about one file; HF_HUB_ETAG_TIMEOUT overrides it
 HUB_TIMEOUT_S = 5.0
 
@@ -117,8 +129,20 @@ class Source:
         """
         path = self.find(filename)
         if path is None:
-            raise CheckpointError(f"{self.describe()} has no {filename}{self.offline_hint()}")
+            # without a config the folder may hold another kind of checkpoint; any other file is just missing
+            foreign = self.foreign_hint() if filename == "config.json" else ""
+            raise CheckpointError(f"{self.describe()} has no {filename}{foreign}{self.offline_hint()}")
         return path
+
+    def foreign_hint(self) -> str:
+        """The end of a "has no such file" message that names what a local folder holds instead, or an empty string."""
+        if self.folder is None:
+            return ""
+        found = [f"{name} ({what})" for name, what in FOREIGN_FILES.items() if (self.folder / name).is_file()]
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in FOREIGN_SUFFIXES:
+                found.append(f"{path.name} ({FOREIGN_SUFFIXES[path.suffix]})")
+        return f"; found {', '.join(found[:3])}, which gpt2rt does not read: convert it to safetensors" if found else ""
 
     def describe(self) -> str:
         """The checkpoint in words, for messages."""

@@ -70,6 +70,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file is missing, cut off, too long, or its header is not what the format asks for.
     """
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+    """The tensors as :func:`read_header` gives them, and the file's metadata, whose ``format`` names the framework."""
     try:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing or not a regular file; the checkpoint is incomplete")
@@ -114,7 +119,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _parse_header(raw: bytes, path: Path, size: int) -> dict[str, TensorInfo]:
+def _parse_header(raw: bytes, path: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeats)
     # RecursionError: brackets nested deeper than the parser's stack
@@ -141,7 +146,7 @@ def _parse_header(raw: bytes, path: Path, size: int) -> dict[str, TensorInfo]:
     if position != size:
         problem = "cut off" if size < position else "longer than its header says"
         raise CheckpointError(f"{path} has {size} bytes, expected {position}: the file is {problem}")
-    return infos
+    return infos, metadata
 
 
 def _parse_entry(name: str, entry: Any, path: Path, start: int) -> tuple[TensorInfo, int]:

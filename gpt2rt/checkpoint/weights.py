@@ -1,24 +1,29 @@
-"""The weights of a checkpoint, whatever their files: safetensors or ``.bin``, one file or many."""
+"""The weights of a checkpoint, whatever its files: safetensors, ``.bin``, TensorFlow's or Flax's, one or many."""
 
 import contextlib
 import io
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from gpt2rt.checkpoint import foreign
 from gpt2rt.checkpoint.json_files import read_json_object
 from gpt2rt.checkpoint.resolve import Source
-from gpt2rt.checkpoint.safetensors_file import TensorInfo, open_file, read_header, read_into
+from gpt2rt.checkpoint.safetensors_file import (
+    TensorInfo,
+    open_file,
+    read_header_and_metadata,
+    read_into,
+)
+from gpt2rt.checkpoint.stored import MAX_NAME, StoredTensor
 from gpt2rt.errors import CheckpointError
-
-# formats that are recognised by name to say that they are not read
-FOREIGN_FILES = ("tf_model.h5", "flax_model.msgpack", "model.ckpt.index", "model.onnx", "adapter_model.safetensors")
 
 
 class Weights:
@@ -48,8 +53,8 @@ class Weights:
         """Close the files."""
 
 
-class SafetensorsWeights(Weights):
-    """Weights in safetensors files; each file is opened once, when its first tensor is read."""
+class FileWeights(Weights):
+    """Weights that lie in files as plain bytes; each file is opened once, when its first tensor is read."""
 
     def __init__(self, infos: dict[str, TensorInfo], where: str) -> None:
         super().__init__(infos, where)
@@ -58,15 +63,18 @@ class SafetensorsWeights(Weights):
 
     def read(self, name: str) -> Tensor:
         info = self.infos[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self._read_into(info, tensor)
+        return tensor
+
+    def _read_into(self, info: TensorInfo, out: Tensor) -> None:
         file = self._files.get(info.path)
         if file is None:
             try:
                 file = self._files[info.path] = open_file(info.path)
             except OSError as error:
                 raise CheckpointError(f"{info.path} cannot be opened: {error}") from error
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        read_into(file, info, tensor)
-        return tensor
+        read_into(file, info, out)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file was replaced or written to since its header was read."""
@@ -80,6 +88,70 @@ class SafetensorsWeights(Weights):
         self._files.clear()
         if kind is None:
             self.check_unchanged()
+
+
+class ForeignWeights(FileWeights):
+    """Weights in files of TensorFlow or Flax, described as the models here have them."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor], where: str) -> None:
+        super().__init__({key: _described(one) for key, one in stored.items()}, where)
+        self._stored = dict(stored)
+
+    def read(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        flat = torch.empty(self.infos[name].shape, dtype=stored.dtype).view(-1)
+        done = 0
+        for piece in stored.pieces:
+            count = piece.nbytes // stored.dtype.itemsize
+            self._read_into(piece, flat[done : done + count])
+            done += count
+        tensor = flat.view(stored.shape)
+        return tensor.t().contiguous() if stored.transposed else tensor
+
+
+def _described(stored: StoredTensor) -> TensorInfo:
+    """A tensor as :class:`ForeignWeights` gives it, under its name in the file."""
+    return stored.pieces[0]._replace(shape=stored.shape[::-1] if stored.transposed else stored.shape)
+
+
+class RenamedWeights(Weights):
+    """Other weights under other names.
+
+    Args:
+        weights: the checkpoint.
+        mapping: regular expression -> replacement, each applied in turn to every name, as ``re.sub`` does.
+    Raises:
+        ValueError: a pattern or a replacement is invalid.
+        CheckpointError: two names become one, or a name is too long to run a user's expression over it.
+    """
+
+    def __init__(self, weights: Weights, mapping: Mapping[str, str]) -> None:
+        super().__init__({}, weights.where)
+        self._weights, self.borrowed = weights, weights.borrowed
+        self._names: dict[str, str] = {}
+        for old, info in weights.infos.items():
+            if len(old) > MAX_NAME:
+                raise CheckpointError(f"{weights.where}: a tensor's name has {len(old)} characters, at most {MAX_NAME}")
+            new = old
+            for pattern, replacement in mapping.items():
+                try:
+                    new = re.sub(pattern, replacement, new)
+                except (re.error, TypeError) as error:
+                    raise ValueError(
+                        f"key_mapping: {pattern!r}: {replacement!r} is no regular expression with its replacement: "
+                        f"{error}"
+                    ) from None
+            if new in self._names:
+                raise CheckpointError(
+                    f"{weights.where}: key_mapping renames both {self._names[new]!r} and {old!r} to {new!r}"
+                )
+            self._names[new], self.infos[new] = old, info
+
+    def read(self, name: str) -> Tensor:
+        return self._weights.read(self._names[name])
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._weights.__exit__(kind, error, trace)
 
 
 class TensorWeights(Weights):
@@ -103,39 +175,99 @@ class TensorWeights(Weights):
         return self._tensors[name].detach()
 
 
-def open_weights(source: Source, use_safetensors: bool | None = None, variant: str | None = None) -> Weights:
-    """The weights of a checkpoint, with checked headers; no tensor data is read from safetensors yet.
+def open_weights(
+    source: Source,
+    use_safetensors: bool | None = None,
+    variant: str | None = None,
+    from_tf: bool = False,
+    from_flax: bool = False,
+) -> Weights:
+    """The weights of a checkpoint, with checked headers; except from ``.bin`` files, no tensor data is read yet.
 
     The first of these that exists is taken: ``model.safetensors``, its index with shards, ``pytorch_model.bin``, its
-    index with shards.
+    index with shards, ``tf_model.h5``, ``flax_model.msgpack``, each with its index too.
 
     Args:
         source: the checkpoint.
-        use_safetensors: True: only safetensors; False: only ``.bin``; None: both, in this order.
+        use_safetensors: True: only safetensors; False: everything else; None: all, in this order.
         variant: a name between stem and suffix, such as "fp16" in ``model.fp16.safetensors``.
+        from_tf, from_flax: only ``tf_model.h5``, only ``flax_model.msgpack``.
     Raises:
         CheckpointError: no weights, or files that are damaged, unsafe or disagree with each other.
+        ValueError: arguments that exclude each other.
+        ImportError: the file is TensorFlow's, and h5py is not installed.
     """
+    is_foreign = from_tf or from_flax
+    if (from_tf and from_flax) or (is_foreign and (use_safetensors or variant)):
+        raise ValueError(
+            f"from_tf = {from_tf!r}, from_flax = {from_flax!r}, use_safetensors = {use_safetensors!r} and variant = "
+            f"{variant!r} exclude each other; pass one of them"
+        )
     mark = f".{variant}" if variant else ""
     looked_for = []
-    if use_safetensors is not False:
+    if use_safetensors is not False and not is_foreign:
         looked_for += [f"model{mark}.safetensors", f"model.safetensors.index{mark}.json"]
-    if not use_safetensors:
+    if not use_safetensors and not is_foreign:
         looked_for += [f"pytorch_model{mark}.bin", f"pytorch_model.bin.index{mark}.json"]
-    for filename in looked_for:
+    formats: dict[str, foreign.Format] = {}
+    for kind, wanted in ((foreign.TENSORFLOW, from_tf), (foreign.FLAX, from_flax)):
+        # those classes knew no variants
+        if wanted or not (use_safetensors or variant or is_foreign):
+            formats |= dict.fromkeys((kind.filename, f"{kind.filename}.index.json"), kind)
+    for filename in [*looked_for, *formats]:
         path = source.find(filename)
         if path is None:
             continue
+        if filename in formats:
+            return _open_foreign(source, path, formats[filename])
         if filename.endswith(".json"):
             return _open_shards(source, path, ".bin" if ".bin." in filename else ".safetensors")
         if filename.endswith(".bin"):
             return TensorWeights(_load_bin(path), str(path), path)
-        return SafetensorsWeights(read_header(path), str(path))
-    foreign = [name for name in FOREIGN_FILES if source.find(name)]
-    found = f"; found {', '.join(foreign)}, which gpt2rt does not read" if foreign else ""
+        return _open_safetensors(path)
     raise CheckpointError(
-        f"{source.describe()} has no weights: expected {' or '.join(looked_for)}{found}{source.offline_hint()}"
+        f"{source.describe()} has no weights: expected {' or '.join([*looked_for, *formats])}"
+        f"{source.foreign_hint()}{source.offline_hint()}"
     )
+
+
+# formats that the metadata of a safetensors file can name: TensorFlow's and Flax's classes wrote those too
+_FOREIGN_METADATA = {"tf": foreign.TENSORFLOW, "flax": foreign.FLAX}
+
+
+def _open_safetensors(path: Path) -> Weights:
+    infos, metadata = read_header_and_metadata(path)
+    kind = _FOREIGN_METADATA.get(str(metadata.get("format")))
+    if kind is None:
+        return FileWeights(infos, str(path))
+    return ForeignWeights(foreign.convert(_stored(infos), kind.key_of, path), str(path))
+
+
+def _stored(infos: Mapping[str, TensorInfo]) -> dict[str, StoredTensor]:
+    return {name: StoredTensor(info.dtype, info.shape, (info,)) for name, info in infos.items()}
+
+
+def _open_foreign(source: Source, path: Path, kind: foreign.Format) -> Weights:
+    if path.suffix != ".json":
+        return ForeignWeights(foreign.convert(kind.read(path), kind.key_of, path), str(path))
+    index, weight_map, paths = _read_index(source, path, Path(kind.filename).suffix)
+    contents = {shard: kind.read(held) for shard, held in paths.items()}
+    return _join_foreign(index, weight_map, paths, path, kind, contents)
+
+
+def _join_foreign(
+    index: Mapping[str, Any],
+    weight_map: Mapping[str, str],
+    paths: Mapping[str, Path],
+    index_path: Path,
+    kind: foreign.Format,
+    contents: Mapping[str, Mapping[str, StoredTensor]],
+) -> Weights:
+    converted = {shard: foreign.convert(held, kind.key_of, paths[shard]) for shard, held in contents.items()}
+    keys = {foreign.final_key(kind.index_key_of(name)): shard for name, shard in weight_map.items()}
+    stored = _join_shards(converted, keys, index_path)
+    _check_total(index, {key: _described(one) for key, one in stored.items()}, index_path, paths)
+    return ForeignWeights(stored, str(index_path))
 
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
@@ -155,7 +287,10 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
     return data
 
 
-def _open_shards(source: Source, index_path: Path, suffix: str) -> Weights:
+def _read_index(
+    source: Source, index_path: Path, suffix: str
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Path]]:
+    """An index of shards: its content, tensor -> shard, and shard -> path; all names are checked, all files exist."""
     index = read_json_object(index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -165,34 +300,50 @@ def _open_shards(source: Source, index_path: Path, suffix: str) -> Weights:
     for name, shard in weight_map.items():
         _check_shard_name(shard, name, index_path, suffix)
     shards = sorted(set(weight_map.values()))
-    paths = {shard: _find_shard(source, shard) for shard in shards}
-    missing = [shard for shard, path in paths.items() if path is None]
+    paths = {shard: path for shard in shards if (path := _find_shard(source, shard)) is not None}
+    missing = [shard for shard in shards if shard not in paths]
     if missing:
         raise CheckpointError(
             f"{index_path} lists {len(shards)} shards, missing: {', '.join(missing)}; present: "
-            f"{', '.join(sorted(set(shards) - set(missing))) or 'none'}"
+            f"{', '.join(paths) or 'none'}"
         )
+    return index, weight_map, paths
+
+
+def _open_shards(source: Source, index_path: Path, suffix: str) -> Weights:
+    index, weight_map, paths = _read_index(source, index_path, suffix)
     contents: dict[str, dict[str, TensorInfo]] = {}
     tensors: dict[str, Tensor] = {}
+    formats = set()
     for shard, path in paths.items():
-        assert path is not None
         if suffix == ".bin":
             held = _load_bin(path)
             contents[shard] = TensorWeights(held, str(path), path).infos
             tensors.update(held)
         else:
-            contents[shard] = read_header(path)
+            contents[shard], metadata = read_header_and_metadata(path)
+            formats.add(_FOREIGN_METADATA.get(str(metadata.get("format"))))
+    kind = formats.pop() if len(formats) == 1 else None
+    if kind is not None:
+        stored = {shard: _stored(infos) for shard, infos in contents.items()}
+        return _join_foreign(index, weight_map, paths, index_path, kind, stored)
     infos = _join_shards(contents, weight_map, index_path)
+    _check_total(index, infos, index_path, paths)
+    if suffix == ".bin":
+        return TensorWeights(tensors, str(index_path), index_path)
+    return FileWeights(infos, str(index_path))
+
+
+def _check_total(
+    index: Mapping[str, Any], infos: Mapping[str, TensorInfo], index_path: Path, paths: Mapping[str, Path]
+) -> None:
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     size = sum(info.nbytes for info in infos.values())
     if total is not None and total != size:
         raise CheckpointError(
-            f"{index_path}: total_size is {total} bytes, but the shards {', '.join(shards)} hold {size}"
+            f"{index_path}: total_size is {total} bytes, but the shards {', '.join(paths)} hold {size}"
         )
-    if suffix == ".bin":
-        return TensorWeights(tensors, str(index_path), index_path)
-    return SafetensorsWeights(infos, str(index_path))
 
 
 def _check_shard_name(shard: Any, tensor: str, index_path: Path, suffix: str) -> None:
@@ -224,10 +375,14 @@ def _find_shard(source: Source, shard: str) -> Path | None:
     return path
 
 
+# what is known of a tensor
+_Known = TypeVar("_Known")
+
+
 def _join_shards(
-    contents: dict[str, dict[str, TensorInfo]], weight_map: dict[str, str], index_path: Path
-) -> dict[str, TensorInfo]:
-    infos: dict[str, TensorInfo] = {}
+    contents: Mapping[str, Mapping[str, _Known]], weight_map: Mapping[str, str], index_path: Path
+) -> dict[str, _Known]:
+    infos: dict[str, _Known] = {}
     home: dict[str, str] = {}
     for shard, held in contents.items():
         for name, info in held.items():

@@ -1,8 +1,8 @@
 """Model configurations: transformers' fields and defaults, checked completely before anything is allocated.
 
-``GPT2Config`` reads and writes the ``config.json`` of transformers. Every rule is checked when a config is made, when
-a model is built from it and when it is saved; a broken rule raises :class:`gpt2rt.errors.ConfigError` with the field,
-its value and the rule.
+``GPT2Config`` and ``OpenAIGPTConfig`` read and write the ``config.json`` of transformers. Every rule is checked when a
+config is made, when a model is built from it and when it is saved; a broken rule raises
+:class:`gpt2rt.errors.ConfigError` with the field, its value and the rule.
 """
 
 from gpt2rt.config.base import (
@@ -15,15 +15,18 @@ from gpt2rt.config.base import (
     torch_dtype_of,
 )
 from gpt2rt.config.gpt2 import ACTIVATIONS, GPT2Config
+from gpt2rt.config.openai_gpt import OpenAIGPTConfig, openai_gpt_activation
 
 __all__ = [
     "ACTIVATIONS",
     "GENERATION_FIELDS",
     "SUPPORTED_MODEL_TYPES",
     "GPT2Config",
+    "OpenAIGPTConfig",
     "PreTrainedConfig",
     "PretrainedConfig",
     "check_model_type",
+    "openai_gpt_activation",
     "refuse_remote_code",
     "torch_dtype_of",
 ]

@@ -16,7 +16,11 @@ from gpt2rt.errors import ConfigError
 if TYPE_CHECKING:
     from gpt2rt.checkpoint.resolve import Source
 
-SUPPORTED_MODEL_TYPES = ("gpt2",)
+SUPPORTED_MODEL_TYPES = ("gpt2", "openai-gpt")
+
+# model type -> how the names of its classes begin, and a field that only its config.json has
+_CLASSES = {"gpt2": "GPT2", "openai-gpt": "OpenAIGPT"}
+_OWN_FIELDS = {"gpt2": "activation_function", "openai-gpt": "afn"}
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -467,22 +471,41 @@ def check_model_type(values: Mapping[str, Any], where: str, expected: tuple[str,
         where: name of the checkpoint, for the message.
         expected: model types that are accepted.
     Raises:
-        ConfigError: another ``model_type``, or none and nothing else that says GPT-2.
+        ConfigError: another ``model_type``, or none and nothing else that says which of them it is.
     """
     runs = f"gpt2rt runs {' and '.join(SUPPORTED_MODEL_TYPES)} models"
     found, architectures = values.get("model_type"), values.get("architectures") or []
-    if found is not None and found not in expected:
-        raise ConfigError(f"{runs}; {where} has model_type {found!r} (architectures: {architectures or 'not given'})")
     if found is None:
-        if architectures and not any(str(name).startswith("GPT2") for name in architectures):
+        found = _guessed_type(values, architectures)
+        if found is None and architectures:
             raise ConfigError(f"{runs}; {where} names no model_type, and its architectures are {architectures}")
-        if not architectures and not {"n_embd", "n_layer", "n_head"} & set(values):
+        if found is None and not {"n_embd", "n_layer", "n_head"} & set(values):
             raise ConfigError(
                 f"{runs}; {where} has neither model_type nor architectures nor any of n_embd, n_layer and n_head: "
                 'is it a model\'s config.json? Add "model_type": "gpt2" if it is'
             )
+    if found in SUPPORTED_MODEL_TYPES and found not in expected:
+        raise ConfigError(
+            f"{where} has model_type {found!r} (architectures: {architectures or 'not given'}), which no class named "
+            f"{' or '.join(_CLASSES[name] for name in expected)}... reads; use {_CLASSES[found]}Config and the models "
+            f"named {_CLASSES[found]}..., such as {_CLASSES[found]}LMHeadModel"
+        )
+    if found is not None and found not in expected:
+        raise ConfigError(f"{runs}; {where} has model_type {found!r} (architectures: {architectures or 'not given'})")
     if values.get("auto_map"):
         warnings.warn(
             f"{where}: config.json points to its own code (auto_map); gpt2rt never runs it and uses its own classes",
             stacklevel=3,
         )
+
+
+def _guessed_type(values: Mapping[str, Any], architectures: Any) -> str | None:
+    """The model type of an old ``config.json`` that does not say it, or None."""
+    for model_type, prefix in _CLASSES.items():
+        if any(str(name).startswith(prefix) for name in architectures):
+            return model_type
+    if not architectures:
+        for model_type, field in _OWN_FIELDS.items():
+            if field in values:
+                return model_type
+    return None

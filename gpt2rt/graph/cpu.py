@@ -7,6 +7,7 @@ the number of threads (csrc/step says how).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import struct
 import threading
@@ -20,7 +21,19 @@ from gpt2rt.cache import PagedKVCache
 from .arena import allocate_arena
 from .batch import StepBatch, StepOutput
 from .executor import check_step
-from .plan import Attention, Embed, Head, Linear, LinearResidual, Norm, NormLinearAct, NormQKV, NormResidual, Plan
+from .plan import (
+    Attention,
+    Embed,
+    Head,
+    Linear,
+    LinearResidual,
+    Norm,
+    NormLinearAct,
+    NormQKV,
+    NormResidual,
+    Plan,
+    with_positions,
+)
 
 # csrc/step/plan.h reads the same numbers
 _FIELDS = 16
@@ -189,6 +202,13 @@ class CpuExecutor:
     def packed_bytes(self) -> int:
         """Memory that the packed weights take, in bytes."""
         return self._arena.numel()
+
+    def with_positions(self, wpe: Tensor) -> CpuExecutor:
+        """This executor with another position table [n_positions, n_embd]; the packed weights are shared."""
+        other = copy.copy(self)
+        other.plan = with_positions(self.plan, wpe)
+        other._wpe = wpe.detach().contiguous()
+        return other
 
     def _workspace(self, num_bytes: int) -> Tensor:
         workspace = getattr(self._scratch, "workspace", None)

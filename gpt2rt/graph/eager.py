@@ -10,7 +10,18 @@ from gpt2rt.cache import PagedKVCache
 
 from .batch import StepBatch, StepOutput
 from .executor import check_step
-from .plan import Attention, Embed, Head, LinearResidual, Norm, NormLinearAct, NormQKV, NormResidual, Plan
+from .plan import (
+    Attention,
+    Embed,
+    Head,
+    LinearResidual,
+    Norm,
+    NormLinearAct,
+    NormQKV,
+    NormResidual,
+    Plan,
+    with_positions,
+)
 
 
 class EagerExecutor:
@@ -24,6 +35,10 @@ class EagerExecutor:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+
+    def with_positions(self, wpe: Tensor) -> EagerExecutor:
+        """An executor with another position table [n_positions, n_embd]; all other weights are shared."""
+        return EagerExecutor(with_positions(self.plan, wpe))
 
     @torch.no_grad()
     def step(self, batch: StepBatch, cache: PagedKVCache, *, return_hidden: bool = False) -> StepOutput:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from torch import Tensor
+
 from gpt2rt.cache import PagedKVCache
 from gpt2rt.ops import extension_status
 
@@ -24,6 +26,10 @@ class Executor(Protocol):
 
     def step(self, batch: StepBatch, cache: PagedKVCache, *, return_hidden: bool = False) -> StepOutput:
         """Run one step: write the new tokens' keys and values to ``cache``, return the rows asked for."""
+        ...
+
+    def with_positions(self, wpe: Tensor) -> Executor:
+        """The same with another position table [n_positions, n_embd]; all other weights are shared."""
         ...
 
 

@@ -113,3 +113,10 @@ class Plan:
     n_positions: int
     dtype: torch.dtype
     device: torch.device
+
+
+def with_positions(plan: Plan, wpe: Tensor) -> Plan:
+    """A plan with another position table [n_positions, n_embd]; all other weights are shared."""
+    embed, *others = plan.nodes
+    assert isinstance(embed, Embed)
+    return dataclasses.replace(plan, nodes=(dataclasses.replace(embed, wpe=wpe), *others))

@@ -11,12 +11,19 @@ from .gpt2_heads import (
 )
 from .inputs import InputRangeError
 from .layers import ACT2FN, Conv1D, get_activation
+from .openai_gpt import OpenAIGPTLMHeadModel, OpenAIGPTModel, OpenAIGPTPreTrainedModel
+from .openai_gpt_blocks import OpenAIGPTBlock
+from .openai_gpt_heads import OpenAIGPTDoubleHeadsModel, OpenAIGPTForSequenceClassification
 from .outputs import (
+    BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutput,
     CausalLMOutputWithCrossAttentions,
     GPT2DoubleHeadsModelOutput,
     ModelOutput,
+    OpenAIGPTDoubleHeadsModelOutput,
     QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
@@ -26,7 +33,9 @@ from .summary import SequenceSummary
 __all__ = [
     "ACT2FN",
     "GPT2MLP",
+    "BaseModelOutput",
     "BaseModelOutputWithPastAndCrossAttentions",
+    "CausalLMOutput",
     "CausalLMOutputWithCrossAttentions",
     "Conv1D",
     "DynamicCache",
@@ -43,8 +52,16 @@ __all__ = [
     "GPT2PreTrainedModel",
     "InputRangeError",
     "ModelOutput",
+    "OpenAIGPTBlock",
+    "OpenAIGPTDoubleHeadsModel",
+    "OpenAIGPTDoubleHeadsModelOutput",
+    "OpenAIGPTForSequenceClassification",
+    "OpenAIGPTLMHeadModel",
+    "OpenAIGPTModel",
+    "OpenAIGPTPreTrainedModel",
     "PreTrainedModel",
     "QuestionAnsweringModelOutput",
+    "SequenceClassifierOutput",
     "SequenceClassifierOutputWithPast",
     "SequenceSummary",
     "TokenClassifierOutput",

@@ -13,44 +13,36 @@ hooks, masks, gradients and intermediate results all work; ``generate`` runs the
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2rt import ops
 from gpt2rt.config import GPT2Config
 from gpt2rt.generation import GenerationMixin
 from gpt2rt.graph import Plan, build_plan
 
 from .attention import AttentionMask, cross_attention_mask, self_attention_mask
-from .cache import DynamicCache, EncoderDecoderCache, as_cache
+from .cache import DynamicCache, EncoderDecoderCache
 from .gpt2_blocks import GPT2MLP, GPT2Attention, GPT2Block
 from .inputs import (
-    as_batch,
-    check_ids,
     check_input,
-    check_length,
     layer_head_masks,
     reject_unknown,
     selected_layers,
 )
-from .layers import Conv1D, LayerNorm, is_plain, project, runs_kernels
-from .lm_head import causal_lm_loss, keep_positions
+from .layers import Conv1D, LayerNorm
+from .lm_head import causal_lm_loss, token_logits
 from .outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
-from .pretrained import PreTrainedModel
-from .ragged import SharedRows, project_all, with_layout
+from .trunk import DecoderPreTrainedModel, Trunk
 
 
-class GPT2PreTrainedModel(PreTrainedModel):
+class GPT2PreTrainedModel(DecoderPreTrainedModel):
     """What all GPT-2 classes share: config class, initialisation, gradient checkpointing."""
 
     config_class = GPT2Config
     config: GPT2Config
     base_model_prefix = "transformer"
-    supports_gradient_checkpointing: ClassVar[bool] = True
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -67,18 +59,6 @@ class GPT2PreTrainedModel(PreTrainedModel):
             # two layers a block add to the residual stream; Radford et al. (2019), section 2.3
             nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
-    def graph_weights(self) -> dict[str, Tensor]:
-        """The weights by their published names, detached: ``wte.weight``, ``h.0.ln_1.weight``, ..., ``ln_f.bias``.
-
-        A language model's ``lm_head.weight`` is always there; tied, it shares the memory of ``wte.weight``. Other heads
-        are not part of the graph.
-        """
-        weights = {name: parameter.detach() for name, parameter in self.base_model.named_parameters()}
-        head = self.get_output_embeddings()
-        if head is not None:
-            weights["lm_head.weight"] = head.get_parameter("weight").detach()
-        return weights
-
     def build_graph(self) -> Plan:
         """The model as a flat plan of fused nodes for ``gpt2rt.graph``; without a language-modelling head, the trunk.
 
@@ -87,31 +67,8 @@ class GPT2PreTrainedModel(PreTrainedModel):
         """
         return build_plan(self.config, self.graph_weights(), self.base_model.get_submodule("h.0.mlp.act"))
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """In training, keep only each block's input and compute the rest again in the backward pass.
 
-        Args:
-            gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``; ``use_reentrant`` is False by
-                default.
-        """
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        for module in self.modules():
-            if isinstance(module, GPT2Model):
-                module.gradient_checkpointing = kwargs
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep everything for the backward pass again."""
-        for module in self.modules():
-            if isinstance(module, GPT2Model):
-                module.gradient_checkpointing = None
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether gradient checkpointing is enabled."""
-        return any(isinstance(m, GPT2Model) and m.gradient_checkpointing is not None for m in self.modules())
-
-
-class GPT2Model(GPT2PreTrainedModel):
+class GPT2Model(Trunk, GPT2PreTrainedModel):
     """GPT-2 without a head: token ids to the hidden states after the final norm.
 
     Args:
@@ -192,11 +149,7 @@ class GPT2Model(GPT2PreTrainedModel):
         cache, use_cache = self._cache(past_key_values, use_cache, batch)
         past_len = 0 if cache is None else int(cache.get_seq_length())
         positions = self._positions(position_ids, leading, seq_len, past_len)
-        token_types = None
-        if token_type_ids is not None:
-            table = "vocabulary, where GPT-2 looks types up,"
-            check_ids("token_type_ids", token_type_ids, self.wte.num_embeddings, table)
-            token_types = as_batch("token_type_ids", token_type_ids, leading, seq_len)
+        token_types = self._token_types(token_type_ids, leading, seq_len)
         mask = self_attention_mask(
             attention_mask,
             leading,
@@ -206,13 +159,9 @@ class GPT2Model(GPT2PreTrainedModel):
             positions if position_ids is not None and past_key_values is None else None,
             self.wpe.weight.device,
         )
-        if runs_kernels(self, self.wpe.weight) and self.wpe.weight.device.type == "cpu":
-            tokens: list[Tensor] = []
-            # every token's own result is wanted where more than the last hidden states is, or a caller's cache grows
-            own = output_attentions or wanted_states or past_key_values is not None or config.add_cross_attention
-            if input_ids is not None and not own:
-                tokens = [x for x in (input_ids.reshape(batch, seq_len), token_types, positions) if x is not None]
-            mask = with_layout(mask, batch, seq_len, past_len, tokens)
+        # every token's own result is wanted where more than the last hidden states is, or a caller's cache grows
+        own = output_attentions or wanted_states or past_key_values is not None or config.add_cross_attention
+        mask = self._lay_out(mask, input_ids, (token_types, positions), (batch, seq_len), past_len, not own)
         hidden = self._embed(input_ids, inputs_embeds, token_types, positions, batch, seq_len)
         if mask.layout is not None:
             hidden = mask.layout.gather(hidden)
@@ -245,66 +194,19 @@ class GPT2Model(GPT2PreTrainedModel):
                 tuple(cross_attentions) if output_attentions and encoder_hidden_states is not None else None
             ),
         )
-        if mask.layout is not None and mask.layout.places is not None:
-            if use_cache:
-                mask.layout.spread_cache(cache, batch)
-            output.shared_rows = SharedRows(normed[0], mask.layout.places)
-        return output if wants_dict(return_dict, config) else output.to_tuple()
+        self._note_shared(output, mask, normed, cache, batch)
+        return self._finish(return_dict, output)
+
+    @property
+    def tables(self) -> tuple[nn.Embedding, nn.Embedding]:
+        """``wte`` and ``wpe``."""
+        return self.wte, self.wpe
 
     def _cache(self, past_key_values: Any, use_cache: bool | None, batch: int) -> tuple[Any, bool]:
-        """The cache to work with, and whether to return it; a new one if the caller or the config wants one."""
-        if self.gradient_checkpointing is not None and self.training:
-            if past_key_values is not None:
-                raise ValueError(
-                    "past_key_values cannot be used with gradient checkpointing: blocks run twice and would append to "
-                    "it twice; call model.gradient_checkpointing_disable() or model.eval()"
-                )
-            if use_cache:
-                warnings.warn("use_cache=True has no effect with gradient checkpointing in training", stacklevel=3)
-            return None, False
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = as_cache(past_key_values, self.config.n_layer, batch, self.config)
-        if cache is None and use_cache:
-            cache = DynamicCache(config=self.config)
+        cache, use_cache = self._open_cache(past_key_values, use_cache, self.config.use_cache, batch)
         if cache is not None and self.config.add_cross_attention and not hasattr(cache, "cross_attention_cache"):
             cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
         return cache, use_cache
-
-    def _positions(self, position_ids: Tensor | None, leading: tuple[int, ...], seq_len: int, past_len: int) -> Tensor:
-        """[batch or 1, seq_len] int64."""
-        n_positions = self.wpe.num_embeddings
-        if position_ids is None:
-            check_length(seq_len, past_len, n_positions)
-            return torch.arange(past_len, past_len + seq_len, device=self.wpe.weight.device).unsqueeze(0)
-        check_ids("position_ids", position_ids, n_positions, "position embedding (n_positions)")
-        return as_batch("position_ids", position_ids, leading, seq_len)
-
-    def _embed(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        token_types: Tensor | None,
-        positions: Tensor,
-        batch: int,
-        seq_len: int,
-    ) -> Tensor:
-        """[batch, seq_len, n_embd], what the first block reads."""
-        wte, wpe = self.wte, self.wpe
-        n_embd = self.config.n_embd
-        if input_ids is None:
-            assert inputs_embeds is not None
-            self._check_dtype("inputs_embeds", inputs_embeds)
-            hidden = inputs_embeds.reshape(batch, seq_len, n_embd) + wpe(positions)
-        elif is_plain(wte, nn.Embedding) and is_plain(wpe, nn.Embedding) and runs_kernels(self, wte.weight, wpe.weight):
-            ids = input_ids.reshape(-1).long().contiguous()
-            places = positions.expand(batch, seq_len).reshape(-1).contiguous()
-            rows = ops.embedding(ids, places, wte.weight, wpe.weight)
-            hidden = rows.view(batch, seq_len, n_embd)
-        else:
-            hidden = wte(input_ids.reshape(batch, seq_len)) + wpe(positions)
-        if token_types is not None:
-            hidden = hidden + wte(token_types)
-        return self.drop(hidden)
 
     def _encoder(
         self, states: Tensor | None, attention_mask: Tensor | None, cache: Any, batch: int, seq_len: int
@@ -331,12 +233,6 @@ class GPT2Model(GPT2PreTrainedModel):
         )
         return states, mask
 
-    def _check_dtype(self, name: str, x: Tensor) -> None:
-        if x.dtype != self.wpe.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(
-                f"{name} is {x.dtype}, but the model is {self.wpe.weight.dtype}; use {name}.to(model.dtype)"
-            )
-
 
 class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
     """GPT-2 with its language-modelling head; the output layer shares the token embedding unless the config says no.
@@ -346,6 +242,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
+    cache_class = DynamicCache
     lm_head: nn.Linear
 
     def __init__(self, config: GPT2Config) -> None:
@@ -410,10 +307,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            logits = project_all(self.lm_head, base)
-        else:
-            logits = project(self.lm_head, keep_positions(base.last_hidden_state, logits_to_keep))
+        logits = token_logits(self.lm_head, base, logits_to_keep)
         loss = None
         if labels is not None or shift_labels is not None:
             loss = causal_lm_loss(logits, labels, shift_labels, num_items_in_batch)
@@ -425,9 +319,4 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
             attentions=base.attentions,
             cross_attentions=base.cross_attentions,
         )
-        return output if wants_dict(return_dict, self.config) else output.to_tuple()
-
-
-def wants_dict(return_dict: bool | None, config: GPT2Config) -> bool:
-    """Whether to return a ModelOutput rather than a tuple."""
-    return config.return_dict if return_dict is None else return_dict
+        return self._finish(return_dict, output)

@@ -96,8 +96,8 @@ class GPT2Attention(nn.Module):
                 # caches of a fixed size return all of their room
                 key, value = key[:, :, :key_len], value[:, :, :key_len]
         if layout is not None:
-            tokens = qkv.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
-            out = layout.attend(*tokens, self.scaling).view(hidden_states.shape)
+            queries, keys, values = qkv.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+            out = layout.attend(queries, keys, values, self.scaling).view(hidden_states.shape)
             return end_branch(self.c_proj, self.resid_dropout, out, residual), None
         out, probs = attend(
             query,

@@ -10,29 +10,27 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from gpt2rt.config import GPT2Config
 from gpt2rt.generation import GenerationMixin
 
-from .gpt2 import GPT2Model, GPT2PreTrainedModel, wants_dict
+from .cache import DynamicCache
+from .gpt2 import GPT2Model, GPT2PreTrainedModel
 from .inputs import check_input, check_integers, reject_unknown
 from .layers import project
-from .lm_head import causal_lm_loss
+from .lm_head import causal_lm_loss, token_logits
 from .losses import class_loss, class_targets, sequence_loss, sequence_targets
 from .outputs import (
     GPT2DoubleHeadsModelOutput,
-    ModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from .ragged import project_all
 from .summary import SequenceSummary, check_cls_index
+from .trunk import last_tokens
 
 _BASE_ARGUMENTS = [name for name in inspect.signature(GPT2Model.forward).parameters if name not in ("self", "kwargs")]
 
@@ -63,10 +61,6 @@ class GPT2WithHead(GPT2PreTrainedModel):
         """The bare model's output for its first ``arguments`` and for ``kwargs``."""
         return self.transformer(*arguments, **{"use_cache": use_cache, **kwargs, "return_dict": True})
 
-    def _finish(self, kwargs: dict[str, Any], output: ModelOutput) -> Any:
-        """The output, or its values as a tuple."""
-        return output if wants_dict(kwargs.get("return_dict"), self.config) else output.to_tuple()
-
 
 class GPT2DoubleHeadsModel(GPT2WithHead, GenerationMixin):
     """GPT-2 with a language-modelling head and one that gives each of several choices a score.
@@ -77,6 +71,7 @@ class GPT2DoubleHeadsModel(GPT2WithHead, GenerationMixin):
     """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
+    cache_class = DynamicCache
     lm_head: nn.Linear
 
     def __init__(self, config: GPT2Config) -> None:
@@ -100,6 +95,8 @@ class GPT2DoubleHeadsModel(GPT2WithHead, GenerationMixin):
         labels: Tensor | None = None,
         mc_labels: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
         """The logits of the next token at every position, a score for every choice, and the losses of both.
@@ -109,6 +106,7 @@ class GPT2DoubleHeadsModel(GPT2WithHead, GenerationMixin):
             mc_token_ids: [*leading], the token of each sequence that its score is read from, by default the last. Only
                 ``summary_type`` "cls_index", the default, looks at it.
             labels: like ``input_ids``, -100 = ignored; shifted here.
+            logits_to_keep: as in :meth:`GPT2LMHeadModel.forward`, for the language model's logits.
             mc_labels: [batch], the right choice of each, -100 = ignored: one label for each row of ``mc_logits``.
             **others: as in :meth:`GPT2Model.forward`.
 
@@ -125,7 +123,7 @@ class GPT2DoubleHeadsModel(GPT2WithHead, GenerationMixin):
             check_cls_index("mc_token_ids", mc_token_ids, leading, seq_len)
         arguments = (input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds)
         base = self._run_base(kwargs, arguments, use_cache=use_cache)
-        logits = project_all(self.lm_head, base)
+        logits = token_logits(self.lm_head, base, logits_to_keep)
         mc_logits = self.multiple_choice_head(base.last_hidden_state, mc_token_ids).squeeze(-1)
         mc_loss = None
         if mc_labels is not None:
@@ -145,7 +143,7 @@ class GPT2DoubleHeadsModel(GPT2WithHead, GenerationMixin):
             hidden_states=base.hidden_states,
             attentions=base.attentions,
         )
-        return self._finish(kwargs, output)
+        return self._finish(kwargs.get("return_dict"), output)
 
 
 class GPT2ForSequenceClassification(GPT2WithHead):
@@ -209,7 +207,7 @@ class GPT2ForSequenceClassification(GPT2WithHead):
         arguments = (input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds)
         base = self._run_base(kwargs, arguments, use_cache=use_cache)
         # only the rows that are asked for go through the layer
-        logits = project(self.score, self._last_token(base.last_hidden_state, input_ids))
+        logits = project(self.score, last_tokens(self, base.last_hidden_state, input_ids))
         output = SequenceClassifierOutputWithPast(
             loss=None if target is None else sequence_loss(problem_type, logits, target),
             logits=logits,
@@ -217,24 +215,7 @@ class GPT2ForSequenceClassification(GPT2WithHead):
             hidden_states=base.hidden_states,
             attentions=base.attentions,
         )
-        return self._finish(kwargs, output)
-
-    def _last_token(self, hidden: Tensor, input_ids: Tensor | None) -> Tensor:
-        """[*leading, n_embd], the hidden state of each sequence's last token."""
-        pad_token_id = self.config.pad_token_id
-        if pad_token_id is None:
-            return hidden[..., -1, :]
-        if input_ids is None:
-            if not torch.compiler.is_compiling():
-                warnings.warn(
-                    f"{type(self).__name__} cannot tell padding in inputs_embeds and reads the last position of every "
-                    "sequence; pad on the left",
-                    stacklevel=5,
-                )
-            return hidden[..., -1, :]
-        places = torch.arange(input_ids.size(-1), device=hidden.device)
-        last = (places * (input_ids.to(hidden.device) != pad_token_id)).argmax(-1)
-        return torch.take_along_dim(hidden, last[..., None, None], dim=-2).squeeze(-2)
+        return self._finish(kwargs.get("return_dict"), output)
 
 
 class GPT2ForTokenClassification(GPT2WithHead):
@@ -293,7 +274,7 @@ class GPT2ForTokenClassification(GPT2WithHead):
             hidden_states=base.hidden_states,
             attentions=base.attentions,
         )
-        return self._finish(kwargs, output)
+        return self._finish(kwargs.get("return_dict"), output)
 
 
 class GPT2ForQuestionAnswering(GPT2WithHead):
@@ -362,4 +343,4 @@ class GPT2ForQuestionAnswering(GPT2WithHead):
             hidden_states=base.hidden_states,
             attentions=base.attentions,
         )
-        return self._finish(kwargs, output)
+        return self._finish(kwargs.get("return_dict"), output)

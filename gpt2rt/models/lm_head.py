@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import values_readable
 from .inputs import InputRangeError
+from .layers import is_plain, project
 
 IGNORED = -100
 
@@ -55,6 +58,24 @@ def keep_positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
             "each row"
         )
     return torch.take_along_dim(hidden, keep.long().remainder(seq_len).unsqueeze(-1), dim=-2)
+
+
+def token_logits(head: nn.Module, base: Any, logits_to_keep: int | Tensor = 0) -> Tensor:
+    """The logits of every position, or of those asked for.
+
+    Args:
+        head: the output layer.
+        base: the bare model's output; of the rows that stand for several places each is multiplied once.
+        logits_to_keep: see :func:`keep_positions`.
+
+    Returns:
+        [*leading, seq_len or less, vocab_size].
+    """
+    shared, hidden = base.shared_rows, base.last_hidden_state
+    everything = isinstance(logits_to_keep, int) and logits_to_keep == 0
+    if shared is not None and everything and is_plain(head, nn.Linear):
+        return project(head, shared.rows)[shared.places].view(*hidden.shape[:-1], -1)
+    return project(head, keep_positions(hidden, logits_to_keep))
 
 
 def causal_lm_loss(

@@ -5,18 +5,15 @@ checkpoint will provide, checks config, key names, shapes and dtypes against the
 reads each tensor straight into its own memory. Either a complete model comes out or an exception.
 """
 
-import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from gpt2rt.checkpoint.load import (
     choose_device,
@@ -29,45 +26,33 @@ from gpt2rt.checkpoint.load import (
 from gpt2rt.checkpoint.matching import Match, check_layers, check_tensors, listing, match_names
 from gpt2rt.checkpoint.options import refuse_options
 from gpt2rt.checkpoint.resolve import Source
-from gpt2rt.checkpoint.weights import TensorWeights, Weights, open_weights
+from gpt2rt.checkpoint.weights import RenamedWeights, TensorWeights, Weights, open_weights
 from gpt2rt.config import PretrainedConfig, refuse_remote_code
 from gpt2rt.errors import CheckpointError
 
+from .empty import NoFill, initializes, no_init_weights
 from .saving import SavingModel
 
 # names of the attention computation that a model accepts; all give the same numbers within rounding
 ATTENTION_IMPLEMENTATIONS = ("gpt2rt", "eager", "sdpa")
 
-_SKIP_INIT: ContextVar[bool] = ContextVar("gpt2rt_skip_init", default=False)
 
-
-@contextlib.contextmanager
-def no_init_weights() -> Iterator[None]:
-    """Within this block new models keep whatever their parameters were allocated with."""
-    token = _SKIP_INIT.set(True)
-    try:
-        yield
-    finally:
-        _SKIP_INIT.reset(token)
-
-
-class _NoFill(TorchFunctionMode):
-    """Leaves out the in-place fills by which torch's modules initialise themselves.
-
-    On the meta device they have nothing to do, and torch would load its Python decompositions for them, which takes
-    seconds and 150 MB. A mode acts on the current thread only.
-    """
-
-    _FILLS = frozenset({Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_})
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # the functions of torch.nn.init arrive here whole, with the tensor by keyword
-        if func in self._FILLS or getattr(func, "__module__", None) == "torch.nn.init":
-            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
-            if tensor.is_meta:
-                return tensor
-        return func(*args, **kwargs)
+def _unset_foreign_ids(settings: Any, vocab_size: int, path: Path) -> None:
+    """Treat special ids outside the vocabulary as unset, as the config does."""
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(settings, field, None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        kept = [token for token in ids if type(token) is not int or 0 <= token < vocab_size]
+        if kept == ids:
+            continue
+        setattr(settings, field, kept if isinstance(value, list) and kept else None)
+        # transformers writes 50256 beside any vocabulary
+        if value != 50256:
+            warnings.warn(
+                f"{path}: {field} = {value!r} lies outside the vocabulary of {vocab_size} tokens and is treated as "
+                "unset",
+                stacklevel=4,
+            )
 
 
 class PreTrainedModel(SavingModel):
@@ -113,7 +98,7 @@ class PreTrainedModel(SavingModel):
 
     def post_init(self) -> None:
         """Initialise the modules that are new since the last call, and tie weights; the last line of ``__init__``."""
-        if not _SKIP_INIT.get():
+        if initializes():
             self.initialize_weights()
         self.tie_weights()
 
@@ -262,6 +247,9 @@ class PreTrainedModel(SavingModel):
         token: str | bool | None = None,
         revision: str = "main",
         use_safetensors: bool | None = None,
+        from_tf: bool = False,
+        from_flax: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         weights_only: bool = True,
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
@@ -287,7 +275,11 @@ class PreTrainedModel(SavingModel):
             config: a config, or where to read it, instead of the checkpoint's own; it is copied.
             cache_dir, force_download, local_files_only, token, revision, subfolder: as in ``huggingface_hub``.
             ignore_mismatched_sizes: initialise heads (never the bare model) whose shape differs.
-            use_safetensors: True: only safetensors; False: only ``.bin``; None: safetensors if there are any.
+            use_safetensors: True: only safetensors; False: only other files; None: the first there is of safetensors,
+                ``.bin``, TensorFlow's ``tf_model.h5`` (needs h5py) and Flax's ``flax_model.msgpack``.
+            from_tf: read only ``tf_model.h5``, even where there are safetensors.
+            from_flax: read only ``flax_model.msgpack``, likewise.
+            key_mapping: regular expression -> replacement; in turn they rename the checkpoint's tensors by ``re.sub``.
             weights_only: must be True; ``.bin`` files are only ever read by torch's restricted unpickler.
             dtype, torch_dtype: of the weights: a dtype or its name; "auto": as stored; None: as stored, but float16 on
                 a CPU becomes float32, because CPUs compute float16 slowly and its range is small.
@@ -343,7 +335,9 @@ class PreTrainedModel(SavingModel):
             weights: Weights = TensorWeights(state_dict, "state_dict", Path("state_dict"))
         else:
             assert source is not None
-            weights = open_weights(source, use_safetensors, variant)
+            weights = open_weights(source, use_safetensors, variant, from_tf, from_flax)
+        if key_mapping:
+            weights = RenamedWeights(weights, key_mapping)
         with weights:
             model, match = cls._build_and_match(model_config, model_args, weights, ignore_mismatched_sizes, strict)
             chosen = choose_dtype(dtype if dtype is not None else torch_dtype, weights.infos, match, target)
@@ -429,7 +423,7 @@ class PreTrainedModel(SavingModel):
         """The model on the meta device, and which tensors fill it; all that can be checked without reading them is."""
         where = weights.where
         check_layers(weights.infos, config.num_hidden_layers, where)
-        with no_init_weights(), torch.device("meta"), _NoFill():
+        with no_init_weights(), torch.device("meta"), NoFill():
             model = cls(config, *model_args)
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         match = match_names(
@@ -439,6 +433,7 @@ class PreTrainedModel(SavingModel):
             cls._keys_to_ignore_on_load_unexpected,
             model._active_ties(),
             where,
+            model._embedding_aliases(),
         )
         head = [] if model.base_model is model else [k for k in shapes if not k.startswith(f"{cls.base_model_prefix}.")]
         check_tensors(weights.infos, match, shapes, head if ignore_mismatched_sizes else ())
@@ -457,6 +452,14 @@ class PreTrainedModel(SavingModel):
                 f"{listing(match.unexpected)}"
             )
         return model, match
+
+    def _embedding_aliases(self) -> dict[str, str]:
+        """The embedding's key -> the output layer's name, under which alone some files hold the tensor of both."""
+        tied = getattr(self.config, "tie_word_embeddings", False)
+        if not tied or self.get_output_embeddings() is not None:
+            return {}
+        prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
+        return {f"{prefix}{self._input_embedding_name}.weight": "lm_head.weight"}
 
     @classmethod
     def _report(cls, match: Match, where: str, model: "PreTrainedModel") -> None:
@@ -488,6 +491,7 @@ class PreTrainedModel(SavingModel):
             self.generation_config = given
         elif path is not None:
             self.generation_config = GenerationConfig.from_dict(read_json_object(path))
+            _unset_foreign_ids(self.generation_config, self.config.vocab_size, path)
         else:
             # old checkpoints keep their sampling settings in config.json; special tokens come from the checked config
             special = {

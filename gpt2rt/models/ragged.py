@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2rt import ops
-
-from .layers import is_plain, project
 
 if TYPE_CHECKING:
     from .attention import AttentionMask
@@ -171,23 +169,6 @@ class SharedRows:
 
     rows: Tensor
     places: Tensor
-
-
-def project_all(head: nn.Module, base: Any) -> Tensor:
-    """``head`` of every last hidden state, computed once for those that are shared.
-
-    Args:
-        head: the output layer.
-        base: the bare model's output.
-
-    Returns:
-        [*leading, seq_len, out].
-    """
-    shared: SharedRows | None = base.shared_rows
-    hidden = base.last_hidden_state
-    if shared is None or not is_plain(head, nn.Linear):
-        return project(head, hidden)
-    return project(head, shared.rows)[shared.places].view(*hidden.shape[:-1], -1)
 
 
 def with_layout(

@@ -81,6 +81,7 @@ def test_config_and_tokenizer(hub, cache):
     assert not any(path.endswith(("model.safetensors", "README.md")) for path in hub.downloads())
 
 
+@pytest.mark.proves("L2")
 def test_revisions(hub, cache):
     assert not hasattr(GPT2Config.from_pretrained("me/plain", cache_dir=cache), "tag")
     assert GPT2Config.from_pretrained("me/plain", cache_dir=cache, revision="v2").tag == 2
@@ -110,6 +111,7 @@ def test_shards_and_subfolders(hub, cache, model):
         GPT2LMHeadModel.from_pretrained("me/deep", cache_dir=cache)
 
 
+@pytest.mark.proves("L2", "fault:F31")
 def test_private_repositories_need_the_token(hub, cache, model):
     for token in (None, False, "hf_wrong"):
         with pytest.raises(CheckpointError, match=r"me/private \(revision 'main'\).*token=.*hf auth login"):
@@ -117,6 +119,7 @@ def test_private_repositories_need_the_token(hub, cache, model):
     assert same_weights(GPT2LMHeadModel.from_pretrained("me/private", cache_dir=cache, token="hf_secret"), model)
 
 
+@pytest.mark.proves("fault:F31")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -132,10 +135,14 @@ def test_repositories_that_do_not_work(hub, cache, name, message):
 
 def test_a_repository_without_weights(hub, cache):
     del hub.repositories["me/plain"]["main"]["model.safetensors"]
-    with pytest.raises(CheckpointError, match=r"has no weights: expected model.safetensors.*found flax_model.msg"):
+    with pytest.raises(CheckpointError, match=r"flax_model.msgpack: it holds int, expected a map"):
         GPT2LMHeadModel.from_pretrained("me/plain", cache_dir=cache)
+    del hub.repositories["me/plain"]["main"]["flax_model.msgpack"]
+    with pytest.raises(CheckpointError, match=r"has no weights: expected model.safetensors.* or flax_model.msgpack"):
+        GPT2LMHeadModel.from_pretrained("me/plain", cache_dir=cache / "new")
 
 
+@pytest.mark.proves("fault:F31")
 @pytest.mark.parametrize("how", ["argument", "environment"])
 def test_offline(hub, cache, model, monkeypatch, how):
     from huggingface_hub import constants
@@ -158,6 +165,7 @@ def test_offline(hub, cache, model, monkeypatch, how):
     assert hub.requests == [], "nothing was asked"
 
 
+@pytest.mark.proves("fault:F31")
 def test_unreachable(hub, cache, model, monkeypatch):
     GPT2LMHeadModel.from_pretrained("me/plain", cache_dir=cache)
     with socket.socket() as probe:
@@ -226,6 +234,7 @@ def test_only_listed_files_of_a_hub_checkpoint_are_touched(hub, cache):
     assert not any(".." in path for path in hub.downloads())
 
 
+@pytest.mark.proves("fault:F31")
 def test_a_hub_that_never_answers(cache, monkeypatch):
     from gpt2rt.checkpoint import resolve
 

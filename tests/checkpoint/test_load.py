@@ -23,6 +23,8 @@ def strict_warnings():
 # ---- a clean load ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("I32")
+@pytest.mark.proves("L3")
 @pytest.mark.usefixtures("strict_warnings")
 def test_a_saved_model_comes_back_bit_for_bit(model, saved):
     loaded, info = GPT2LMHeadModel.from_pretrained(saved, output_loading_info=True)
@@ -58,6 +60,7 @@ def test_later_initialisation_leaves_loaded_weights_alone(model, saved):
     assert same_weights(model, loaded)
 
 
+@pytest.mark.proves("L1")
 @pytest.mark.usefixtures("strict_warnings")
 def test_base_and_head_checkpoints_are_interchangeable(model, saved, tmp_path):
     base, info = GPT2Model.from_pretrained(saved, output_loading_info=True)
@@ -70,6 +73,7 @@ def test_base_and_head_checkpoints_are_interchangeable(model, saved, tmp_path):
     assert info["missing_keys"] == info["unexpected_keys"] == set()
 
 
+@pytest.mark.proves("L1", "fault:F13")
 @pytest.mark.usefixtures("strict_warnings")
 def test_old_mask_buffers_are_skipped_but_not_the_bias_of_c_attn(model, saved):
     def add_buffers(tensors):
@@ -83,6 +87,8 @@ def test_old_mask_buffers_are_skipped_but_not_the_bias_of_c_attn(model, saved):
     assert torch.equal(loaded.transformer.h[0].attn.c_attn.bias, expected)
 
 
+@pytest.mark.proves("I32")
+@pytest.mark.proves("L1")
 @pytest.mark.usefixtures("strict_warnings")
 def test_the_shared_tensor_may_be_stored_under_either_name_or_both(model, saved):
     def both(tensors):
@@ -98,6 +104,7 @@ def test_the_shared_tensor_may_be_stored_under_either_name_or_both(model, saved)
     GPT2Model.from_pretrained(edit(saved, lambda t: {**t, "transformer.wte.weight": t["lm_head.weight"].clone()}))
 
 
+@pytest.mark.proves("L1")
 def test_two_different_copies_of_a_tied_weight_are_kept_apart(model, saved, hf):
     def differ(tensors):
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
@@ -115,6 +122,7 @@ def test_two_different_copies_of_a_tied_weight_are_kept_apart(model, saved, hf):
     assert same_weights(again, loaded)
 
 
+@pytest.mark.proves("L1", "fault:F12")
 def test_an_untied_output_layer(tmp_path):
     untied = GPT2LMHeadModel(small_config(tie_word_embeddings=False))
     assert not torch.equal(untied.lm_head.weight, untied.transformer.wte.weight)
@@ -141,6 +149,7 @@ def test_cross_attention_weights(tmp_path):
 # ---- dtype and device ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("L2")
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("asked", [None, "auto", "float32", "bfloat16", torch.float16], ids=str)
 def test_dtype_of_the_loaded_model(model, tmp_path, stored, asked):
@@ -182,11 +191,13 @@ def test_dtypes_that_make_no_sense(saved, keyword):
         GPT2LMHeadModel.from_pretrained(saved, dtype="float32", torch_dtype="float16")
 
 
+@pytest.mark.proves("L2")
 @pytest.mark.parametrize("keywords", [{"device": "cpu"}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}])
 def test_devices(saved, keywords):
     assert GPT2LMHeadModel.from_pretrained(saved, **keywords).device == torch.device("cpu")
 
 
+@pytest.mark.proves("L2")
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
@@ -212,6 +223,7 @@ def test_device_map_auto_means_cuda_if_there_is_one(saved):
 # ---- what is missing, extra or wrong ---------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("fault:F11")
 def test_f11_a_transposed_weight_is_recognised(saved):
     name = "transformer.h.1.mlp.c_fc.weight"
     edit(saved, lambda tensors: {**tensors, name: tensors[name].T})
@@ -221,6 +233,7 @@ def test_f11_a_transposed_weight_is_recognised(saved):
         assert part in str(caught.value)
 
 
+@pytest.mark.proves("fault:F11")
 def test_f11_another_wrong_shape_names_both(saved):
     name = "transformer.ln_f.weight"
     edit(saved, lambda tensors: {**tensors, name: torch.ones(25)})
@@ -228,6 +241,7 @@ def test_f11_another_wrong_shape_names_both(saved):
         GPT2LMHeadModel.from_pretrained(saved, ignore_mismatched_sizes=True)
 
 
+@pytest.mark.proves("fault:F12")
 def test_f12_missing_keys_are_listed(saved):
     gone = ["transformer.h.0.ln_1.bias", "transformer.wpe.weight"]
     edit(saved, lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in gone})
@@ -237,6 +251,7 @@ def test_f12_missing_keys_are_listed(saved):
         assert all(name in str(caught.value) for name in gone)
 
 
+@pytest.mark.proves("L1", "fault:F12")
 def test_f12_task_heads_are_initialised_with_a_warning(saved, model):
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match=r"does not provide score.weight: newly initialised") as seen:
@@ -260,6 +275,7 @@ def test_half_a_head_keeps_the_half_that_is_there(tmp_path):
     assert torch.equal(loaded.score.bias, torch.zeros(2))
 
 
+@pytest.mark.proves("L2")
 def test_ignore_mismatched_sizes_is_for_heads_only(tmp_path):
     WithScore(small_config()).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"'score.weight' has shape \[2, 24\], the model expects \[5, 24\]"):
@@ -273,6 +289,7 @@ def test_ignore_mismatched_sizes_is_for_heads_only(tmp_path):
     assert info["mismatched_keys"] == {("score.weight", (2, 24), (5, 24))}
 
 
+@pytest.mark.proves("fault:F13")
 def test_f13_unexpected_keys_warn_once(saved, model):
     extra = {"transformer.h.0.adapter.weight": torch.ones(2), "value_head.bias": torch.ones(1)}
     edit(saved, lambda tensors: {**tensors, **extra})
@@ -284,6 +301,7 @@ def test_f13_unexpected_keys_warn_once(saved, model):
         GPT2LMHeadModel.from_pretrained(saved, strict=True)
 
 
+@pytest.mark.proves("fault:F14", "fault:F15")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_f14_f15_nan_and_infinity(saved, bad, dtype):
@@ -309,6 +327,7 @@ def test_values_too_large_for_the_dtype_asked_for(saved):
     GPT2LMHeadModel.from_pretrained(saved, dtype="bfloat16")
 
 
+@pytest.mark.proves("fault:F16")
 def test_f16_integers_are_no_weights(saved):
     name = "transformer.h.0.attn.c_attn.weight"
     edit(saved, lambda tensors: {**tensors, name: tensors[name].to(torch.int8)})
@@ -316,12 +335,14 @@ def test_f16_integers_are_no_weights(saved):
         GPT2LMHeadModel.from_pretrained(saved)
 
 
+@pytest.mark.proves("fault:F17")
 def test_quantised_checkpoints_are_refused_by_name(saved):
     edit_config(saved, quantization_config={"load_in_4bit": True})
     with pytest.raises(CheckpointError, match=r"quantization_config"):
         GPT2LMHeadModel.from_pretrained(saved)
 
 
+@pytest.mark.proves("fault:F19")
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -338,6 +359,7 @@ def test_f19_config_and_file_disagree(saved, fields, message):
         GPT2LMHeadModel.from_pretrained(edit_config(saved, **fields))
 
 
+@pytest.mark.proves("fault:F18", "fault:F20")
 def test_f18_f20_broken_configs_come_before_the_weights(saved):
     edit_config(saved, n_embd=10**9, n_head=1)
     (saved / "model.safetensors").unlink()
@@ -355,8 +377,8 @@ def test_a_folder_without_weights_says_what_was_looked_for(saved):
     (saved / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"has no weights: expected model.safetensors or .*pytorch_model.bin"):
         GPT2LMHeadModel.from_pretrained(saved)
-    (saved / "tf_model.h5").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"found tf_model.h5, which gpt2rt does not read"):
+    (saved / "model.onnx").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"found model.onnx \(an ONNX graph\), which gpt2rt does not read"):
         GPT2LMHeadModel.from_pretrained(saved)
     (saved / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no config.json"):

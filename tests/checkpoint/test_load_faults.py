@@ -18,6 +18,7 @@ from gpt2rt.errors import CheckpointError
 # ---- .bin files ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("L1")
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_bin_files(model, saved, legacy):
     path = saved / "pytorch_model.bin"
@@ -42,6 +43,7 @@ class Payload:
         return (pathlib.Path.touch, (pathlib.Path(self.marker),))
 
 
+@pytest.mark.proves("fault:F28")
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_f28_code_in_a_bin_file_does_not_run(model, saved, tmp_path, legacy):
     marker = tmp_path / "ran"
@@ -59,6 +61,7 @@ def test_f28_code_in_a_bin_file_does_not_run(model, saved, tmp_path, legacy):
     assert marker.exists()
 
 
+@pytest.mark.proves("fault:F28")
 def test_bin_files_that_hold_something_else(model, saved):
     (saved / "model.safetensors").unlink()
     path = saved / "pytorch_model.bin"
@@ -98,6 +101,7 @@ def early_end(file, buffer):
     return 0
 
 
+@pytest.mark.proves("fault:F29")
 @pytest.mark.parametrize("good", [0, 1, 7])
 @pytest.mark.parametrize(
     ("fault", "message"),
@@ -123,6 +127,7 @@ def test_f29_reads_that_fail(saved, monkeypatch, good, fault, message):
     assert len(built) == 0
 
 
+@pytest.mark.proves("fault:F29")
 def test_f29_a_file_that_vanishes_or_changes_while_it_is_read(saved, monkeypatch):
     path = saved / "model.safetensors"
     data = path.read_bytes()

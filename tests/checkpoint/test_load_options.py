@@ -2,10 +2,11 @@
 
 import io
 import sys
+import warnings
 
 import pytest
 import torch
-from checkpoints import edit_config, same_weights, small_config
+from checkpoints import edit, edit_config, same_weights, small_config
 
 from gpt2rt import GPT2Config, GPT2LMHeadModel
 from gpt2rt.checkpoint.weights import progress
@@ -15,6 +16,7 @@ from gpt2rt.models import GPT2Model
 # ---- config, state_dict and other arguments --------------------------------------------------------------------------
 
 
+@pytest.mark.proves("L2")
 def test_a_config_object_is_used_and_never_changed(model, saved):
     config = GPT2Config.from_pretrained(saved)
     before = config.to_dict()
@@ -62,15 +64,16 @@ def test_attention_implementations(saved):
         GPT2LMHeadModel.from_pretrained(saved, attn_implementation="flash_attention_2")
 
 
+@pytest.mark.proves("L2", "fault:F23")
 def test_names_of_transformers_are_honoured_or_refused_one_by_one(saved):
-    from gpt2rt.checkpoint.options import REFUSED
+    from gpt2rt.checkpoint.options import REFUSED, WITHOUT_EFFECT
 
     for name, (harmless, reason) in REFUSED.items():
         for value in harmless:
             GPT2LMHeadModel.from_pretrained(saved, **{name: value})
-        if reason and name not in ("resume_download", "use_kernels"):
-            with pytest.raises(ValueError, match=rf"from_pretrained: {name} is not supported: {reason[:20]}"):
-                GPT2LMHeadModel.from_pretrained(saved, **{name: object()})
+        with pytest.raises(ValueError, match=rf"from_pretrained: {name} is not supported: {reason[:20]}"):
+            GPT2LMHeadModel.from_pretrained(saved, **{name: object()})
+    GPT2LMHeadModel.from_pretrained(saved, **dict.fromkeys(WITHOUT_EFFECT, True))
     for keywords, message in (
         ({"trust_remote_code": True}, "never runs code"),
         ({"weights_only": False}, "never unpickles"),
@@ -81,20 +84,65 @@ def test_names_of_transformers_are_honoured_or_refused_one_by_one(saved):
         GPT2LMHeadModel.from_pretrained(saved, dtpye="float16")
 
 
+@pytest.mark.proves("L2")
 def test_every_keyword_that_transformers_pops_is_known_here(hf):
     """A keyword of theirs is an argument of ours or in the list of refusals, so none falls through to TypeError."""
     import inspect
     import re
 
-    from gpt2rt.checkpoint.options import REFUSED
+    from gpt2rt.checkpoint.options import REFUSED, WITHOUT_EFFECT
 
-    ours = set(inspect.signature(GPT2LMHeadModel.from_pretrained).parameters) | set(REFUSED)
+    ours = {*inspect.signature(GPT2LMHeadModel.from_pretrained).parameters, *REFUSED, *WITHOUT_EFFECT}
     base = hf.module.PreTrainedModel.from_pretrained
     source = inspect.getsource(base)
     theirs = set(re.findall(r'kwargs\.pop\(\s*"(\w+)"', source)) | set(inspect.signature(base).parameters)
-    internal = {"_from_auto", "_from_pipeline", "_commit_hash", "adapter_name", "cls"}
+    internal = {"_from_auto", "_from_pipeline", "_commit_hash", "cls"}
+    # popped inside a loop over names
+    theirs |= set(re.findall(r"for name in \[(.*?)\]", source)[0].replace('"', "").split(", "))
     assert len(theirs) > 25
+    assert {"from_tf", "from_flax", "key_mapping", "low_cpu_mem_usage"} <= theirs
     assert theirs - ours - internal == set()
+
+
+@pytest.mark.proves("L3")
+def test_every_keyword_of_saving_and_uploading_is_known_here(hf):
+    import inspect
+
+    from gpt2rt.checkpoint.options import SAVE_REFUSED, SAVE_WITHOUT_EFFECT
+    from gpt2rt.checkpoint.upload import UPLOAD_KEYWORDS
+
+    base = hf.module.PreTrainedModel
+    ours = {*inspect.signature(GPT2LMHeadModel.save_pretrained).parameters, *SAVE_REFUSED, *SAVE_WITHOUT_EFFECT}
+    theirs = inspect.signature(base.save_pretrained).parameters
+    assert set(theirs) - ours == set()
+    # positions count too: model.save_pretrained(folder, True, state_dict)
+    assert list(inspect.signature(GPT2LMHeadModel.save_pretrained).parameters)[:8] == list(theirs)[:8]
+    from transformers.utils.hub import PushToHubMixin
+
+    pushed = {*inspect.signature(PushToHubMixin.push_to_hub).parameters} - {"self"}
+    assert pushed - {*UPLOAD_KEYWORDS, "token", "max_shard_size", *SAVE_REFUSED} == set()
+
+
+@pytest.mark.proves("L2")
+def test_key_mapping_renames_the_tensors_of_the_file(model, saved):
+    def rename(tensors):
+        return {name.replace("transformer.", "decoder.").replace(".attn.", ".att."): t for name, t in tensors.items()}
+
+    edit(saved, rename)
+    with pytest.raises(CheckpointError, match="lacks"):
+        GPT2LMHeadModel.from_pretrained(saved)
+    mapping = {r"^decoder\.": "transformer.", r"\.att\.(\w+)": r".attn.\1"}
+    loaded, info = GPT2LMHeadModel.from_pretrained(saved, key_mapping=mapping, output_loading_info=True)
+    assert same_weights(loaded, model)
+    assert info["missing_keys"] == info["unexpected_keys"] == set()
+    state = {f"x.{name}": tensor for name, tensor in model.state_dict().items()}
+    assert same_weights(GPT2LMHeadModel.from_pretrained(saved, state_dict=state, key_mapping={"^x.": ""}), model)
+    with pytest.raises(ValueError, match=r"key_mapping: '\(': 'x' is no regular expression with its replacement"):
+        GPT2LMHeadModel.from_pretrained(saved, key_mapping={"(": "x"})
+    with pytest.raises(CheckpointError, match=r"key_mapping renames both .* and .* to 'x'"):
+        GPT2LMHeadModel.from_pretrained(saved, key_mapping={".+": "x"})
+    with pytest.raises(CheckpointError, match=r"a tensor's name has 3002 characters, at most 1024"):
+        GPT2LMHeadModel.from_pretrained(saved, state_dict={"x" * 3002: torch.ones(1)}, key_mapping=mapping)
 
 
 def test_a_file_or_a_missing_folder_as_name(saved):
@@ -108,6 +156,7 @@ def test_a_file_or_a_missing_folder_as_name(saved):
         GPT2LMHeadModel.from_pretrained(saved, subfolder="../checkpoint")
 
 
+@pytest.mark.proves("L2")
 def test_subfolder_and_variant(model, tmp_path):
     model.save_pretrained(tmp_path / "deep", variant="fp16")
     assert (tmp_path / "deep" / "model.fp16.safetensors").is_file()
@@ -128,6 +177,7 @@ def test_embedded_ids(monkeypatch, model, tmp_path):
             GPT2LMHeadModel.from_pretrained(unknown)
 
 
+@pytest.mark.proves("F18")
 def test_resize_token_embeddings(model, saved):
     old = model.transformer.wte.weight.detach().clone()
     for count in (70, 50):
@@ -193,3 +243,22 @@ def test_the_progress_bar_shows_on_terminals_only(monkeypatch, tty):
     assert ("Loading weights" in screen.getvalue()) == tty
     assert list(progress(["a", "b"], 1000)) == ["a", "b"]
     assert screen.getvalue().count("Loading weights: 100%") <= 1
+
+
+@pytest.mark.proves("D10")
+def test_a_small_vocabulary_with_the_end_token_of_gpt2(tmp_path, hf):
+    """transformers writes eos 50256 beside a vocabulary of 61; there, generating without a prompt is an IndexError."""
+    theirs = hf.module.GPT2LMHeadModel(hf.module.GPT2Config(n_layer=2, n_embd=24, n_head=3, vocab_size=61))
+    theirs.save_pretrained(tmp_path)
+    assert '"eos_token_id": 50256' in (tmp_path / "generation_config.json").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (None, None)
+    assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=3).shape == (1, 5)
+    with pytest.raises(ValueError, match="`bos_token_id` has to be defined"):
+        model.generate(max_new_tokens=3)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 300], "pad_token_id": 7}')
+    with pytest.warns(UserWarning, match=r"eos_token_id = \[5, 300\] lies outside the vocabulary of 61 tokens"):
+        settings = GPT2LMHeadModel.from_pretrained(tmp_path).generation_config
+    assert (settings.eos_token_id, settings.pad_token_id) == ([5], 7)

@@ -51,11 +51,13 @@ def test_reads_what_the_library_writes_in_every_dtype(path):
             )
 
 
+@pytest.mark.proves("fault:F01")
 def test_f01_empty_file(path):
     refused(path, b"", r"has 0 bytes, expected at least 8")
     refused(path, b"1234567", r"has 7 bytes, expected at least 8")
 
 
+@pytest.mark.proves("fault:F02", "fault:F03", "fault:F04")
 def test_f02_f03_f04_wrong_length(path):
     good = safetensors_bytes({"a": F32}, bytes(24))
     size = len(good)
@@ -67,11 +69,13 @@ def test_f02_f03_f04_wrong_length(path):
     assert read_header(path)["a"].shape == (2, 3)
 
 
+@pytest.mark.proves("fault:F05")
 def test_f05_header_of_2_to_the_63_bytes(path):
     refused(path, struct.pack("<Q", 2**63) + bytes(100), r"claims a header of 9223372036854775808 bytes")
     refused(path, struct.pack("<Q", 2**20) + bytes(100), r"has 108 bytes, expected at least 1048584")
 
 
+@pytest.mark.proves("fault:F06")
 def test_f06_huge_header_is_not_read(path):
     # a sparse file: 101 MB that take no room on the disk
     with open(path, "wb") as file:
@@ -86,6 +90,7 @@ def test_f06_huge_header_is_not_read(path):
         tracemalloc.stop()
 
 
+@pytest.mark.proves("fault:F07")
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -102,6 +107,7 @@ def test_f07_header_is_no_json_object(path, raw, message):
     refused(path, safetensors_bytes(raw), message)
 
 
+@pytest.mark.proves("fault:F08")
 def test_f08_overlaps_and_gaps(path):
     overlap = {"a": F32, "b": {"dtype": "F32", "shape": [2], "data_offsets": [20, 28]}}
     refused(
@@ -113,6 +119,7 @@ def test_f08_overlaps_and_gaps(path):
     refused(path, safetensors_bytes(late, bytes(8)), r"tensor 'a' .* leaves a gap after the header")
 
 
+@pytest.mark.proves("fault:F09")
 def test_f09_shape_whose_size_overflows(path):
     entry = {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]}
     refused(
@@ -122,6 +129,7 @@ def test_f09_shape_whose_size_overflows(path):
     )
 
 
+@pytest.mark.proves("fault:F10")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-from typing import ClassVar
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir())}
 
 
+@pytest.mark.proves("L3")
 def test_the_files_are_those_of_transformers(model, saved, tmp_path, hf):
     theirs = tmp_path / "theirs"
     hf.copy_of(model).save_pretrained(theirs)
@@ -36,6 +36,7 @@ def test_the_files_are_those_of_transformers(model, saved, tmp_path, hf):
     assert (config["architectures"], config["dtype"]) == (["GPT2LMHeadModel"], "float32")
 
 
+@pytest.mark.proves("L3")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": False}, {"add_cross_attention": True}], ids=str)
 def test_round_trips_with_transformers_are_bit_equal(tmp_path, hf, dtype, fields):
@@ -49,6 +50,7 @@ def test_round_trips_with_transformers_are_bit_equal(tmp_path, hf, dtype, fields
     assert same_weights(GPT2LMHeadModel.from_pretrained(tmp_path / "theirs", dtype="auto"), model)
 
 
+@pytest.mark.proves("L3")
 def test_a_task_head_round_trip_with_transformers(tmp_path, hf):
     WithScore(small_config(num_labels=3)).save_pretrained(tmp_path)
     theirs, info = hf.module.GPT2ForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
@@ -132,6 +134,7 @@ def test_a_broken_config_is_not_saved(model, saved):
 # ---- failed saves (F30) ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("fault:F30")
 @pytest.mark.parametrize("at", ["config.json", "generation_config.json", "model.safetensors"])
 @pytest.mark.parametrize("step", ["write", "fsync"])
 def test_f30_a_full_disk_leaves_the_old_files(model, saved, monkeypatch, at, step):
@@ -162,6 +165,7 @@ def test_f30_a_full_disk_leaves_the_old_files(model, saved, monkeypatch, at, ste
     assert contents(saved) == before, "nothing replaced, nothing left over"
 
 
+@pytest.mark.proves("fault:F30")
 def test_f30_a_really_full_disk(model, saved):
     """A limit on file sizes fails writes of the safetensors library too, which has exceptions of its own."""
     from gpt2rt.checkpoint.write import save_checkpoint
@@ -180,12 +184,14 @@ def test_f30_a_really_full_disk(model, saved):
     assert contents(saved).keys() == {"config.json", "generation_config.json", "model.safetensors"}
 
 
+@pytest.mark.proves("fault:F30")
 def test_f30_a_folder_that_cannot_be_written(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot make the folder"):
         model.save_pretrained(tmp_path / "file" / "deep")
 
 
+@pytest.mark.proves("fault:F30")
 def test_f30_a_rename_that_fails(model, saved, monkeypatch):
     before = contents(saved)
 
@@ -198,6 +204,7 @@ def test_f30_a_rename_that_fails(model, saved, monkeypatch):
     assert contents(saved) == before
 
 
+@pytest.mark.proves("fault:F30")
 def test_f30_killed_while_saving(saved):
     """A process that dies after writing all files and before the first rename changes nothing."""
     before = contents(saved)
@@ -218,49 +225,6 @@ def test_f30_killed_while_saving(saved):
         os.utime(saved / name, (0, 0))
     loaded.save_pretrained(saved)
     assert contents(saved).keys() == before.keys(), "a later save cleans up"
-
-
-# ---- uploading -------------------------------------------------------------------------------------------------------
-
-
-class FakeApi:
-    """What an upload asks of ``huggingface_hub.HfApi``."""
-
-    calls: ClassVar[list] = []
-    fault = None
-
-    def __init__(self, token=None):
-        self.calls.append(("token", token))
-
-    def create_repo(self, name, private=None, exist_ok=False):
-        if self.fault:
-            raise self.fault
-        self.calls.append(("create", name, private, exist_ok))
-        return type("Url", (), {"repo_id": f"me/{name}"})
-
-    def upload_folder(self, *, repo_id, folder_path, revision, create_pr, commit_message):
-        self.calls.append(("upload", repo_id, sorted(os.listdir(folder_path)), revision, create_pr, commit_message))
-        return "https://hub/commit/1"
-
-
-def test_uploading(model, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
-    monkeypatch.setattr(FakeApi, "calls", [])
-    files = ["config.json", "generation_config.json", "model.safetensors"]
-    url = model.push_to_hub("mine", private=True, token="t", revision="v2", commit_message="first")
-    assert url == "https://hub/commit/1"
-    assert FakeApi.calls == [
-        ("token", "t"),
-        ("create", "mine", True, True),
-        ("upload", "me/mine", files, "v2", False, "first"),
-    ]
-    model.save_pretrained(tmp_path / "folder", push_to_hub=True)
-    assert FakeApi.calls[-1][1:3] == ("me/folder", files)
-    monkeypatch.setattr(FakeApi, "fault", ConnectionError("no route"))
-    with pytest.raises(CheckpointError, match="uploading to 'mine' failed: no route"):
-        model.push_to_hub("mine")
 
 
 def test_saved_files_get_the_permissions_that_the_umask_gives(model, tmp_path):

@@ -48,17 +48,20 @@ def redirect(folder, target):
     edit_index(folder, change)
 
 
+@pytest.mark.proves("L1")
 def test_shards_load_bit_for_bit(model, sharded, hf):
     assert same_weights(GPT2LMHeadModel.from_pretrained(sharded), model)
     assert same_weights(hf.module.GPT2LMHeadModel.from_pretrained(sharded), model)
 
 
+@pytest.mark.proves("L1")
 def test_shards_written_by_transformers_load_here(model, tmp_path, hf):
     hf.copy_of(model).save_pretrained(tmp_path, max_shard_size="15KB")
     assert (tmp_path / INDEX).is_file()
     assert same_weights(GPT2LMHeadModel.from_pretrained(tmp_path), model)
 
 
+@pytest.mark.proves("fault:F24")
 @pytest.mark.parametrize(
     "target",
     [
@@ -87,6 +90,7 @@ def test_f24_shard_names_that_are_no_plain_file_names(sharded, tmp_path, target)
     refused(sharded, r"is said to be in .*, expected the plain name of a .safetensors file")
 
 
+@pytest.mark.proves("fault:F24")
 def test_f24_an_absolute_path_is_never_opened(sharded, tmp_path):
     first = sorted(sharded.glob("model-*.safetensors"))[0]
     outside = tmp_path / "outside.safetensors"
@@ -98,6 +102,7 @@ def test_f24_an_absolute_path_is_never_opened(sharded, tmp_path):
     refused(sharded, r"expected the plain name")
 
 
+@pytest.mark.proves("fault:F25")
 def test_f25_a_link_out_of_the_folder(sharded, tmp_path):
     first = sorted(sharded.glob("model-*.safetensors"))[0]
     shutil.move(first, tmp_path / "outside.safetensors")
@@ -121,12 +126,14 @@ def test_f25_the_links_of_the_hub_cache_are_followed(model, sharded, tmp_path):
     assert same_weights(GPT2LMHeadModel.from_pretrained(snapshot.parent, subfolder="deep"), model)
 
 
+@pytest.mark.proves("fault:F26")
 @pytest.mark.parametrize("weight_map", [[], {}, ["a"], "model.safetensors", None], ids=repr)
 def test_f26_weight_map_is_no_object(sharded, weight_map):
     edit_index(sharded, lambda index: {**index, "weight_map": weight_map})
     refused(sharded, r"weight_map is .*, expected a non-empty object")
 
 
+@pytest.mark.proves("fault:F26")
 def test_f26_a_missing_shard_is_named(sharded):
     names = sorted(path.name for path in sharded.glob("model-*.safetensors"))
     (sharded / names[1]).unlink()
@@ -134,6 +141,7 @@ def test_f26_a_missing_shard_is_named(sharded):
     assert names[2] in text
 
 
+@pytest.mark.proves("fault:F27")
 def test_f27_a_tensor_in_two_shards(sharded):
     first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
     tensors = load_file(second)
@@ -142,6 +150,7 @@ def test_f27_a_tensor_in_two_shards(sharded):
     refused(sharded, rf"tensor '{name}' is in two shards, {first.name} and {second.name}")
 
 
+@pytest.mark.proves("fault:F27")
 def test_f27_index_and_shards_disagree(sharded):
     first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
     name = next(iter(load_file(first)))
@@ -153,6 +162,7 @@ def test_f27_index_and_shards_disagree(sharded):
     refused(sharded, r"disagree: 1 tensors are not in the shard listed, such as 'ghost'")
 
 
+@pytest.mark.proves("fault:F27")
 def test_f27_total_size(model, sharded):
     edit_index(sharded, lambda index: index["metadata"].update(total_size=5))
     text = refused(sharded, r"total_size is 5 bytes, but the shards .* hold \d+")
@@ -167,6 +177,7 @@ def test_a_damaged_shard_is_named(sharded):
     refused(sharded, rf"{second.name} has \d+ bytes, expected \d+: the file is cut off")
 
 
+@pytest.mark.proves("L1")
 def test_bin_shards(model, tmp_path):
     model.config.save_pretrained(tmp_path)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}

@@ -127,6 +127,7 @@ def test_other_shapes_and_dtypes_are_refused():
     assert cache.get_seq_length() == 3
 
 
+@pytest.mark.proves("F8")
 def test_one_token_at_a_time_equals_all_at_once(model, path, ids):
     cache = DynamicCache(config=model.config)
     rows = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(9)]
@@ -143,6 +144,7 @@ def test_use_cache_decides_what_is_returned(model, path, ids):
     torch.testing.assert_close(out.logits, model(ids).logits[:, 5:], **TOLERANCE)
 
 
+@pytest.mark.proves("F8")
 @pytest.mark.parametrize("kind", ["tuple", "list", "stacked"])
 def test_tuples_of_keys_and_values(model, path, ids, kind):
     """transformers 4 took them, and its oldest checkpoints' code stacks keys and values into one tensor."""
@@ -159,6 +161,7 @@ def test_tuples_of_keys_and_values(model, path, ids, kind):
     assert past[0][0].size(2) == 5
 
 
+@pytest.mark.proves("F8")
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_caches_of_transformers(pair, hf, ids, kind):
     ours, theirs = pair()
@@ -177,6 +180,7 @@ def test_caches_of_transformers(pair, hf, ids, kind):
         torch.testing.assert_close(torch.cat(rows, 1), theirs(ids).logits, **TOLERANCE)
 
 
+@pytest.mark.proves("F8")
 def test_a_cache_filled_by_transformers_goes_on_here(pair, path, ids):
     ours, theirs = pair()
     past = theirs(ids[:, :5]).past_key_values
@@ -185,6 +189,7 @@ def test_a_cache_filled_by_transformers_goes_on_here(pair, path, ids):
     torch.testing.assert_close(got.logits, theirs(ids).logits[:, 5:], **TOLERANCE)
 
 
+@pytest.mark.proves("F8")
 @pytest.mark.parametrize(
     ("past", "error", "message"),
     [

@@ -14,6 +14,7 @@ def encoder():
     return torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(4))
 
 
+@pytest.mark.proves("F9", "F10")
 def test_against_transformers(pair, path, ids, encoder):
     ours, theirs = pair(**CONFIG)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -36,6 +37,7 @@ def test_the_inverse_layer_scale_holds_for_cross_attention_too(pair, path, ids, 
     torch.testing.assert_close(ours(ids, encoder_hidden_states=encoder).logits, want, **TOLERANCE)
 
 
+@pytest.mark.proves("F9")
 def test_the_encoders_keys_are_computed_once(pair, path, ids, encoder):
     ours, theirs = pair(**CONFIG)
     first = ours(ids[:, :5], encoder_hidden_states=encoder)
@@ -79,6 +81,7 @@ def test_reorder_and_crop(pair, path, ids, encoder):
     torch.testing.assert_close(got, want, **TOLERANCE)
 
 
+@pytest.mark.proves("F9")
 @pytest.mark.parametrize("dims", [2, 3, 4])
 def test_masks_over_the_encoder(pair, path, ids, encoder, dims):
     ours, _ = pair(**CONFIG)
@@ -96,6 +99,7 @@ def test_masks_over_the_encoder(pair, path, ids, encoder, dims):
     )
 
 
+@pytest.mark.proves("F9")
 @pytest.mark.parametrize(
     ("given", "message"),
     [

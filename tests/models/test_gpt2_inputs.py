@@ -64,6 +64,7 @@ BAD_FOR_THE_HEAD = {
 }
 
 
+@pytest.mark.proves("F1", "F2", "F9", "fault:F35", "fault:F43")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments(model, path, case):
     arguments, error, message = BAD[case]
@@ -71,6 +72,7 @@ def test_bad_arguments(model, path, case):
         model.transformer(**arguments)
 
 
+@pytest.mark.proves("F14", "F15")
 @pytest.mark.parametrize("case", BAD_FOR_THE_HEAD)
 def test_bad_arguments_of_the_language_model(model, path, case):
     arguments, error, message = BAD_FOR_THE_HEAD[case]
@@ -78,12 +80,14 @@ def test_bad_arguments_of_the_language_model(model, path, case):
         model(IDS, **arguments)
 
 
+@pytest.mark.proves("F16", "fault:F35")
 def test_out_of_range_is_caught_as_transformers_raises_it_and_as_a_bad_value(model):
     for family in (IndexError, ValueError):
         with pytest.raises(family):
             model(TOO_HIGH)
 
 
+@pytest.mark.proves("F1", "D7")
 @pytest.mark.parametrize(
     ("given", "near"),
     [
@@ -103,6 +107,7 @@ def test_unknown_arguments_name_the_nearest_and_all_there_are(model, given, near
         model(IDS, foo=1)
 
 
+@pytest.mark.proves("F16", "D9", "fault:F36")
 def test_the_limit_counts_past_tokens(model, path):
     past = model(torch.zeros(1, 60, dtype=torch.long)).past_key_values
     with pytest.raises(InputRangeError, match="5 tokens after 60 in past_key_values need 65 positions"):
@@ -128,6 +133,7 @@ def test_int32_ids_and_strided_views(model, path, ids):
     assert torch.equal(model(strided[0]).logits, model(ids[0]).logits)
 
 
+@pytest.mark.proves("fault:F18")
 @pytest.mark.parametrize("field", ["n_embd", "activation_function"])
 def test_a_broken_config_builds_nothing(field):
     config = GPT2Config(n_embd=48, n_head=3, n_layer=1)

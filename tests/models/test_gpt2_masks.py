@@ -14,6 +14,7 @@ def causal(n):
     return torch.ones(n, n, dtype=torch.bool).tril()
 
 
+@pytest.mark.proves("F6")
 def test_an_additive_mask_goes_through_unchanged(pair, path, ids):
     """Not only -inf and 0: a bias over distance, as ALiBi has, on top of a mask that is not causal."""
     ours, theirs = pair()
@@ -42,6 +43,7 @@ def test_a_bias_is_not_rounded_to_the_dtype_of_the_model(build, path, ids):
     )
 
 
+@pytest.mark.proves("F6", "D8")
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", ["BSS", "B1SS", "BHSS", "11SS"])
 def test_a_mask_with_queries_says_everything(pair, path, ids, dtype, shape):
@@ -57,6 +59,7 @@ def test_a_mask_with_queries_says_everything(pair, path, ids, dtype, shape):
     torch.testing.assert_close(ours(ids, attention_mask=mask).logits, want, **TOLERANCE)
 
 
+@pytest.mark.proves("F6")
 @pytest.mark.parametrize("dims", [3, 4])
 def test_masks_with_queries_over_a_past(model, path, ids, dims):
     flags = causal(9)
@@ -68,6 +71,7 @@ def test_masks_with_queries_over_a_past(model, path, ids, dims):
     torch.testing.assert_close(got, full[:, 6:], **TOLERANCE)
 
 
+@pytest.mark.proves("F6")
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32], ids=str)
 def test_flags_per_key_of_any_dtype(model, path, ids, dtype):
     mask = torch.ones_like(ids)
@@ -76,6 +80,7 @@ def test_flags_per_key_of_any_dtype(model, path, ids, dtype):
     assert torch.equal(model(ids, attention_mask=mask.to(dtype)).logits, want)
 
 
+@pytest.mark.proves("F6", "D8")
 def test_a_mask_like_the_choices_is_per_key_and_one_like_the_rows_per_query(model, path):
     """(2, 3, 3) for ids of (2, 3, 3) has the shape of the ids: one flag per key. For 6 rows it is (6, 3, 3)."""
     ids = torch.arange(18).view(2, 3, 3)
@@ -88,6 +93,7 @@ def test_a_mask_like_the_choices_is_per_key_and_one_like_the_rows_per_query(mode
     torch.testing.assert_close(got, want, **TOLERANCE)
 
 
+@pytest.mark.proves("F6", "fault:F43")
 @pytest.mark.parametrize("want_attentions", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["flags", "lowest", "inf", "3d"])
@@ -114,6 +120,7 @@ def test_rows_that_see_nothing_get_zeros(build, path, ids, kind, dtype, want_att
         torch.testing.assert_close(out.logits[1:, 3:], alone, rtol=0.0, atol=1e-2 if dtype.itemsize < 4 else 2e-5)
 
 
+@pytest.mark.proves("F6")
 def test_attention_of_a_row_that_sees_nothing_is_exactly_zero(path):
     query, key, value = torch.randn(3, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     allowed = torch.ones(1, 1, 4, 4, dtype=torch.bool)
@@ -138,6 +145,7 @@ def test_gradients_stay_finite_where_a_row_sees_nothing(build, ids):
         assert model.transformer.h[0].attn.c_attn.weight.grad.count_nonzero() > 0
 
 
+@pytest.mark.proves("D5")
 def test_autocast_leaves_scores_and_softmax_in_float32():
     query, key, value = torch.randn(3, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     mask = AttentionMask(causal=True)
@@ -148,6 +156,7 @@ def test_autocast_leaves_scores_and_softmax_in_float32():
     assert torch.equal(got_probs, want_probs)
 
 
+@pytest.mark.proves("D5")
 def test_large_scores_do_not_overflow_in_float16():
     """q.k reaches 1.6e6 here, past float16's 65504, before the scale brings it down."""
     query = torch.full((1, 1, 3, 64), 160.0, dtype=torch.float16)
@@ -157,6 +166,7 @@ def test_large_scores_do_not_overflow_in_float16():
         torch.testing.assert_close(out[0, 0, 2].float(), value[0, 0].float().mean(0), rtol=1e-3, atol=0.0)
 
 
+@pytest.mark.proves("F6", "fault:F43")
 @pytest.mark.parametrize(
     ("mask", "numbers"),
     [
@@ -179,6 +189,7 @@ def test_masks_that_do_not_fit(model, path, ids, mask, numbers):
         assert number in str(error.value)
 
 
+@pytest.mark.proves("fault:F43")
 def test_a_mask_that_forgets_the_past_says_both_lengths(model, path, ids):
     past = model(ids[:, :6]).past_key_values
     with pytest.raises(ValueError, match="covers 3 keys, but 6 past and 3 new tokens make 9"):

@@ -41,12 +41,14 @@ def assert_same(ours, theirs):
             torch.testing.assert_close(ours[name], theirs[name], **TOLERANCE)
 
 
+@pytest.mark.proves("F1", "H1")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_of_odd_sizes(pair, path, ids, shape):
     ours, theirs = pair(**SHAPES[shape])
     assert_same(ours(ids), theirs(ids))
 
 
+@pytest.mark.proves("F10", "F11", "F12", "F13", "D4", "D5", "H1")
 @pytest.mark.parametrize("flag", FLAGS)
 def test_everything_returned_under_config_flags(pair, path, ids, flag):
     ours, theirs = pair(**FLAGS[flag])
@@ -54,12 +56,14 @@ def test_everything_returned_under_config_flags(pair, path, ids, flag):
     assert_same(ours(ids, **wanted), theirs(ids, **wanted))
 
 
+@pytest.mark.proves("F17")
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "relu", "silu"])
 def test_activations(pair, path, ids, activation):
     ours, theirs = pair(activation_function=activation, n_layer=1)
     assert_same(ours(ids), theirs(ids))
 
 
+@pytest.mark.proves("F10")
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": False}, {"add_cross_attention": True}], ids=str)
 def test_state_dict_keys_and_shapes_are_those_of_transformers(pair, overrides):
     ours, theirs = pair(**overrides)
@@ -71,6 +75,7 @@ def test_state_dict_keys_and_shapes_are_those_of_transformers(pair, overrides):
     assert {name for name, _ in ours.named_modules()} == modules
 
 
+@pytest.mark.proves("F1")
 def test_bare_model(pair, path, ids):
     ours, theirs = pair()
     wanted = {"output_attentions": True, "output_hidden_states": True}
@@ -78,6 +83,7 @@ def test_bare_model(pair, path, ids):
     assert_same(ours.transformer(ids, **wanted), theirs.transformer(ids, **wanted))
 
 
+@pytest.mark.proves("F4", "F6")
 @pytest.mark.parametrize("mask_kind", ["left", "right", "holes"])
 @pytest.mark.parametrize("with_positions", [False, True])
 def test_padded_batches(pair, path, ids, mask_kind, with_positions):
@@ -99,6 +105,7 @@ def test_padded_batches(pair, path, ids, mask_kind, with_positions):
         torch.testing.assert_close(got[:1, 4:], alone, **TOLERANCE)
 
 
+@pytest.mark.proves("F8")
 @pytest.mark.parametrize("new_tokens", [1, 4])
 @pytest.mark.parametrize("mask_past", [False, True])
 def test_past_and_mask(pair, path, ids, new_tokens, mask_past):
@@ -118,6 +125,7 @@ def test_past_and_mask(pair, path, ids, new_tokens, mask_past):
         torch.testing.assert_close(got.logits, ours(ids).logits[:, split:], **TOLERANCE)
 
 
+@pytest.mark.proves("F8")
 def test_past_keys_and_values(pair, path, ids):
     ours, theirs = pair()
     for got, want in zip(ours(ids).past_key_values, theirs(ids).past_key_values, strict=True):
@@ -125,6 +133,7 @@ def test_past_keys_and_values(pair, path, ids):
         torch.testing.assert_close(got[1], want[1], **TOLERANCE)
 
 
+@pytest.mark.proves("F4", "F5")
 def test_embeddings_in_token_types_and_positions(pair, path, ids):
     ours, theirs = pair()
     types = torch.zeros_like(ids)
@@ -137,6 +146,7 @@ def test_embeddings_in_token_types_and_positions(pair, path, ids):
     assert_same(ours(inputs_embeds=embeds, **given), want)
 
 
+@pytest.mark.proves("F5")
 def test_type_zero_adds_the_embedding_of_token_zero(model, path, ids):
     plain = model(inputs_embeds=model.transformer.wte(ids) + model.transformer.wte.weight[0]).logits
     torch.testing.assert_close(model(ids, token_type_ids=torch.zeros_like(ids)).logits, plain, **TOLERANCE)
@@ -154,6 +164,7 @@ def test_embeddings_with_past_and_mask(pair, path, ids):
     assert_same(*results)
 
 
+@pytest.mark.proves("F7")
 def test_packed_sequences(pair, path, ids):
     """transformers packs only without a cache; we do with ``use_cache`` as well (which is the default)."""
     ours, theirs = pair()
@@ -169,6 +180,7 @@ def test_packed_sequences(pair, path, ids):
     assert probs[:, :, 4:, :4].count_nonzero() == 0
 
 
+@pytest.mark.proves("F7")
 def test_a_packed_row_may_be_longer_than_n_positions(pair, path):
     ours, _ = pair()
     ids = torch.arange(90).unsqueeze(0)
@@ -177,6 +189,7 @@ def test_a_packed_row_may_be_longer_than_n_positions(pair, path):
     torch.testing.assert_close(logits[:, 45:], ours(ids[:, 45:]).logits, **TOLERANCE)
 
 
+@pytest.mark.proves("F3")
 @pytest.mark.parametrize("leading", [(), (1,), (3, 2), (2, 1, 2)])
 def test_leading_dimensions(model, path, leading):
     ids = torch.randint(0, 97, (*leading, 7), generator=torch.Generator().manual_seed(2))
@@ -192,6 +205,7 @@ def test_leading_dimensions(model, path, leading):
     assert got.loss.dim() == 0
 
 
+@pytest.mark.proves("F3")
 def test_choices_as_transformers_shapes_them(pair, path):
     ours, theirs = pair()
     ids = torch.randint(0, 97, (2, 3, 5), generator=torch.Generator().manual_seed(3))
@@ -204,6 +218,7 @@ def test_choices_as_transformers_shapes_them(pair, path):
     assert [s.shape for s in got.hidden_states] == [s.shape for s in want.hidden_states]
 
 
+@pytest.mark.proves("F14")
 @pytest.mark.parametrize(
     "keep",
     [
@@ -224,12 +239,14 @@ def test_logits_to_keep(pair, path, ids, keep):
     assert_same(ours(ids, logits_to_keep=keep), theirs(ids, logits_to_keep=keep))
 
 
+@pytest.mark.proves("F14")
 def test_logits_to_keep_counts_from_the_end_in_each_row(model, path, ids):
     got = model(ids, logits_to_keep=torch.tensor([[-1], [0]])).logits
     full = model(ids).logits
     torch.testing.assert_close(got[:, 0], torch.stack([full[0, -1], full[1, 0]]), **TOLERANCE)
 
 
+@pytest.mark.proves("F15")
 @pytest.mark.parametrize("num_items", [None, 5, torch.tensor(7)], ids=["mean", "int", "tensor"])
 def test_losses(pair, path, ids, num_items):
     ours, theirs = pair()
@@ -243,6 +260,7 @@ def test_losses(pair, path, ids, num_items):
     assert_same(ours(ids, shift_labels=shifted, **kwargs), want)
 
 
+@pytest.mark.proves("F11")
 @pytest.mark.parametrize("selection", [True, False, 0, -1, [0, 2], [1, -1]], ids=str)
 def test_selected_hidden_states(pair, path, ids, selection):
     ours, theirs = pair()
@@ -258,12 +276,14 @@ def test_selected_hidden_states(pair, path, ids, selection):
             torch.testing.assert_close(ours_state, theirs_state, **TOLERANCE)
 
 
+@pytest.mark.proves("F11")
 def test_last_hidden_state_is_the_last_of_hidden_states(model, path, ids):
     out = model.transformer(ids, output_hidden_states=True)
     assert out.hidden_states[-1] is out.last_hidden_state
     assert len(out.hidden_states) == 3
 
 
+@pytest.mark.proves("F13")
 def test_tuples_and_config_defaults(pair, build, hf, path, ids):
     ours, theirs = pair()
     wanted = {"labels": ids, "output_attentions": True, "output_hidden_states": True, "return_dict": False}
@@ -280,6 +300,7 @@ def test_tuples_and_config_defaults(pair, build, hf, path, ids):
     assert torch.equal(quiet(ids, return_dict=True).logits, logits)
 
 
+@pytest.mark.proves("F12", "D4")
 def test_attentions_are_returned_with_every_kind_of_mask(model, path, ids):
     """transformers returns an empty tuple with its default attention."""
     for mask in (None, torch.ones_like(ids), torch.zeros(2, 1, 9, 9)):
@@ -289,6 +310,7 @@ def test_attentions_are_returned_with_every_kind_of_mask(model, path, ids):
     torch.testing.assert_close(model(ids, output_attentions=True).logits, model(ids).logits, **TOLERANCE)
 
 
+@pytest.mark.proves("F15")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(hf, build, path, ids, dtype):
     """Against transformers in float32 with the same rounded weights: 16-bit rounding is all that may differ."""

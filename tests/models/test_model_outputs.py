@@ -16,6 +16,7 @@ def out():
     return CausalLMOutputWithCrossAttentions(logits=torch.arange(3.0), hidden_states=(torch.ones(2),))
 
 
+@pytest.mark.proves("F13", "H1")
 @pytest.mark.parametrize("name", ["BaseModelOutputWithPastAndCrossAttentions", "CausalLMOutputWithCrossAttentions"])
 def test_fields_and_order_are_those_of_transformers(hf, name):
     theirs = getattr(__import__("transformers.modeling_outputs", fromlist=[name]), name)

@@ -1,8 +1,10 @@
-"""A small hub on 127.0.0.1: what ``huggingface_hub`` asks of the real one to download files.
+"""A small hub on 127.0.0.1: what ``huggingface_hub`` asks of the real one to download and upload files.
 
-Repositories are dictionaries: revision -> {path: bytes}. ``Hub.requests`` records what was asked for.
+Repositories are dictionaries: revision -> {path: bytes}. ``Hub.requests`` records what was asked for, ``Hub.commits``
+what was uploaded.
 """
 
+import base64
 import hashlib
 import http.server
 import json
@@ -22,6 +24,7 @@ class Hub:
         self.repositories = repositories
         self.tokens = tokens or {}
         self.requests = []
+        self.commits = []
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -32,6 +35,9 @@ class Hub:
 
             def do_GET(self):
                 hub.answer(self, body=True)
+
+            def do_POST(self):
+                hub.accept(self)
 
             def log_message(self, *_):
                 pass
@@ -94,6 +100,59 @@ class Hub:
             headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
         return self._send(request, status, headers, data[first:], body)
 
+    def accept(self, request):
+        """Uploading: make a repository, say how each file is sent, take a commit of files that travel in its body."""
+        path = urllib.parse.unquote(urllib.parse.urlsplit(request.path).path)
+        self.requests.append(("POST", path))
+        body = self._body(request)
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not token:
+            return self._error(request, 401, "", "Invalid username or password.")
+        parts = path.strip("/").split("/")
+        if parts == ["api", "repos", "create"]:
+            made = json.loads(body)
+            name = f"{made.get('organization') or 'me'}/{made['name']}"
+            if name in self.repositories:
+                known = {"url": f"{self.endpoint}/{name}", "error": "You already created this model repo"}
+                return self._json(request, known, status=409)
+            self.repositories[name] = {"main": {}}
+            # newer clients send a visibility
+            private = made.get("visibility", "private" if made.get("private") else "public") == "private"
+            self.commits.append({"made": name, "private": private, "token": token})
+            return self._json(request, {"url": f"{self.endpoint}/{name}", "name": name, "id": name})
+        name, action = "/".join(parts[2:4]), parts[4]
+        revision = urllib.parse.unquote(parts[5])
+        if name not in self.repositories or revision not in self.repositories[name]:
+            return self._error(request, 404, "RevisionNotFound", "Invalid rev id")
+        if action == "preupload":
+            asked = json.loads(body)["files"]
+            return self._json(
+                request, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+            )
+        lines = [json.loads(line) for line in body.splitlines()]
+        sent = {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
+        }
+        header = next(line["value"] for line in lines if line["key"] == "header")
+        self.repositories[name][revision] = {**self.repositories[name][revision], **sent}
+        self.commits.append({"name": name, "revision": revision, "files": sent, "token": token, **header})
+        address = f"{self.endpoint}/{name}/commit/1"
+        return self._json(request, {"commitOid": self.commit(name, revision), "commitUrl": address})
+
+    @staticmethod
+    def _body(request):
+        if request.headers.get("transfer-encoding") != "chunked":
+            return request.rfile.read(int(request.headers.get("content-length") or 0))
+        data = b""
+        while size := int(request.rfile.readline().split(b";")[0], 16):
+            data += request.rfile.read(size)
+            request.rfile.readline()
+        request.rfile.readline()
+        return data
+
+    def _json(self, request, value, status=200):
+        return self._send(request, status, {"Content-Type": "application/json"}, json.dumps(value).encode(), True)
+
     def _revision(self, name, repository, asked):
         for revision in repository:
             if asked in (revision, self.commit(name, revision)):
@@ -111,7 +170,7 @@ class Hub:
 
     def _error(self, request, status, code, message, headers=None):
         extra = {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})}
-        return self._send(request, status, extra, message.encode(), request.command == "GET")
+        return self._send(request, status, extra, message.encode(), request.command != "HEAD")
 
     @staticmethod
     def _send(request, status, headers, data, body):

@@ -1,0 +1,190 @@
+"""What the bare models of both families share around their blocks: positions, embeddings, cache, layout."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2rt import ops
+
+from .attention import AttentionMask
+from .cache import DynamicCache, as_cache
+from .checkpointing import GradientCheckpointing
+from .inputs import as_batch, check_ids, check_length
+from .layers import is_plain, runs_kernels
+from .outputs import ModelOutput
+from .pretrained import PreTrainedModel
+from .ragged import SharedRows, with_layout
+
+
+class DecoderPreTrainedModel(GradientCheckpointing, PreTrainedModel):
+    """What all classes of both families share: the weights of the graph, gradient checkpointing, forward's end."""
+
+    def graph_weights(self) -> dict[str, Tensor]:
+        """The weights by their published names, detached: ``h.0.attn.c_attn.weight``, ...
+
+        A language model's ``lm_head.weight`` is always there; tied, it shares the memory of the token embedding. Other
+        heads are not part of the graph.
+        """
+        weights = {name: parameter.detach() for name, parameter in self.base_model.named_parameters()}
+        head = self.get_output_embeddings()
+        if head is not None:
+            weights["lm_head.weight"] = head.get_parameter("weight").detach()
+        return weights
+
+    def _finish(self, return_dict: bool | None, output: ModelOutput) -> Any:
+        """The output, or its values as a tuple."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+class Trunk(nn.Module):
+    """Mixin of the bare models, whose embeddings are ``tables``."""
+
+    config: Any
+    drop: nn.Module
+    # arguments for torch's checkpoint function; None: off
+    gradient_checkpointing: dict[str, Any] | None
+
+    @property
+    def tables(self) -> tuple[nn.Embedding, nn.Embedding]:
+        """The embeddings of tokens and of positions."""
+        raise NotImplementedError(f"{type(self).__name__} must define tables")
+
+    def _open_cache(self, past_key_values: Any, use_cache: bool | None, default: bool, batch: int) -> tuple[Any, bool]:
+        """The cache to work with, a new one if the caller or else ``default`` wants one; and whether to return it."""
+        if self.gradient_checkpointing is not None and self.training:
+            if past_key_values is not None:
+                raise ValueError(
+                    "past_key_values cannot be used with gradient checkpointing: blocks run twice and would append to "
+                    "it twice; call model.gradient_checkpointing_disable() or model.eval()"
+                )
+            if use_cache:
+                warnings.warn("use_cache=True has no effect with gradient checkpointing in training", stacklevel=3)
+            return None, False
+        use_cache = default if use_cache is None else use_cache
+        cache = as_cache(past_key_values, self.config.n_layer, batch, self.config)
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        return cache, use_cache
+
+    def _positions(self, position_ids: Tensor | None, leading: tuple[int, ...], seq_len: int, past_len: int) -> Tensor:
+        """[batch or 1, seq_len] int64."""
+        places = self.tables[1]
+        if position_ids is None:
+            check_length(seq_len, past_len, places.num_embeddings)
+            return torch.arange(past_len, past_len + seq_len, device=places.weight.device).unsqueeze(0)
+        check_ids("position_ids", position_ids, places.num_embeddings, "position embedding (n_positions)")
+        return as_batch("position_ids", position_ids, leading, seq_len)
+
+    def _token_types(self, token_type_ids: Tensor | None, leading: tuple[int, ...], seq_len: int) -> Tensor | None:
+        """[batch or 1, seq_len] int64, or None."""
+        if token_type_ids is None:
+            return None
+        rows = self.tables[0].num_embeddings
+        check_ids("token_type_ids", token_type_ids, rows, "vocabulary, where this model looks types up,")
+        return as_batch("token_type_ids", token_type_ids, leading, seq_len)
+
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        token_types: Tensor | None,
+        positions: Tensor,
+        batch: int,
+        seq_len: int,
+    ) -> Tensor:
+        """[batch, seq_len, n_embd], what the first block reads."""
+        tokens, places = self.tables
+        n_embd = self.config.n_embd
+        if input_ids is None:
+            assert inputs_embeds is not None
+            self._check_dtype("inputs_embeds", inputs_embeds)
+            hidden = inputs_embeds.reshape(batch, seq_len, n_embd) + places(positions)
+        elif (
+            is_plain(tokens, nn.Embedding)
+            and is_plain(places, nn.Embedding)
+            and runs_kernels(self, tokens.weight, places.weight)
+        ):
+            rows = ops.embedding(
+                input_ids.reshape(-1).long().contiguous(),
+                positions.expand(batch, seq_len).reshape(-1).contiguous(),
+                tokens.weight,
+                places.weight,
+            )
+            hidden = rows.view(batch, seq_len, n_embd)
+        else:
+            hidden = tokens(input_ids.reshape(batch, seq_len)) + places(positions)
+        if token_types is not None:
+            hidden = hidden + tokens(token_types)
+        return self.drop(hidden)
+
+    def _check_dtype(self, name: str, x: Tensor) -> None:
+        dtype = self.tables[1].weight.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{name} is {x.dtype}, but the model is {dtype}; use {name}.to(model.dtype)")
+
+    def _lay_out(
+        self,
+        mask: AttentionMask,
+        input_ids: Tensor | None,
+        others: tuple[Tensor | None, ...],
+        shape: tuple[int, int],
+        past_len: int,
+        share: bool,
+    ) -> AttentionMask:
+        """The mask, with a layout for the paged kernels where they can do it.
+
+        Args:
+            mask: of the call.
+            input_ids: [*leading, seq_len], or None.
+            others: what else a token's embedding is made of, [batch or 1, seq_len] each or None.
+            shape: (batch, seq_len).
+            past_len: tokens in the cache.
+            share: compute common beginnings of rows once; False where every token's own result is wanted.
+        """
+        weight = self.tables[1].weight
+        if weight.device.type != "cpu" or not runs_kernels(self, weight):
+            return mask
+        tokens: list[Tensor] = []
+        if share and input_ids is not None:
+            tokens = [x for x in (input_ids.reshape(shape), *others) if x is not None]
+        return with_layout(mask, *shape, past_len, tokens)
+
+    def _note_shared(self, output: ModelOutput, mask: AttentionMask, last: Tensor, cache: Any, batch: int) -> None:
+        """Bring a new cache into the caller's shape, and let the head know which rows stand for several places."""
+        if mask.layout is None or mask.layout.places is None:
+            return
+        if cache is not None:
+            mask.layout.spread_cache(cache, batch)
+        output.shared_rows = SharedRows(last[0], mask.layout.places)
+
+
+def last_tokens(model: PreTrainedModel, hidden: Tensor, input_ids: Tensor | None) -> Tensor:
+    """The hidden state of each sequence's last token: the rightmost that is not ``config.pad_token_id``.
+
+    Args:
+        model: a sequence classifier.
+        hidden: [*leading, seq_len, n_embd].
+        input_ids: [*leading, seq_len], or None for embeddings; those, and models without a padding token, have their
+            last position read.
+
+    Returns:
+        [*leading, n_embd].
+    """
+    pad_token_id = model.config.pad_token_id
+    if pad_token_id is None:
+        return hidden[..., -1, :]
+    if input_ids is None:
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{type(model).__name__} cannot tell padding in inputs_embeds and reads the last position of every "
+                "sequence; pad on the left",
+                stacklevel=5,
+            )
+        return hidden[..., -1, :]
+    places = torch.arange(input_ids.size(-1), device=hidden.device)
+    last = (places * (input_ids.to(hidden.device) != pad_token_id)).argmax(-1)
+    return torch.take_along_dim(hidden, last[..., None, None], dim=-2).squeeze(-2)
