@@ -1,14 +1,18 @@
-"""The batch of a decode step, kept from step to step."""
+"""The rows of a call in a model's KV cache, and the batch of a decode step, kept from step to step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as ListLike
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gpt2rt.cache import Sequence
-from gpt2rt.graph import StepBatch
+from gpt2rt.cache import PagedKVCache, Sequence
+from gpt2rt.graph import Executor, StepBatch
+
+from .starts import Starts, compute, prefill
 
 
 class DecodeBatch:
@@ -87,3 +91,119 @@ class DecodeBatch:
                 tensor.copy_(self._host[name], non_blocking=True)
         self._batch.max_seq_len = longest
         return self._batch
+
+
+class CachedRows:
+    """The rows of a call in the KV cache of one model.
+
+    Args:
+        executor: runs the model.
+        cache: where the rows' keys and values go.
+        max_tokens: for each row, the most tokens it will have there.
+
+    Attributes:
+        sequences: the block table of each row; None before it is begun and after it was freed.
+    """
+
+    def __init__(self, executor: Executor, cache: PagedKVCache, max_tokens: ListLike[int]) -> None:
+        self.executor = executor
+        self.cache = cache
+        self.sequences: list[Sequence | None] = [None] * len(max_tokens)
+        self._max_tokens = max_tokens
+        self._device = executor.plan.device
+        # the batch of the last step of one token a row, and its rows
+        self._batch: DecodeBatch | None = None
+        self._batch_rows: list[int] = []
+
+    def sequence(self, row: int) -> Sequence:
+        """The block table of a row that was begun and not freed."""
+        sequence = self.sequences[row]
+        assert sequence is not None
+        return sequence
+
+    def begin(self, row: int) -> None:
+        """Give a row an empty sequence."""
+        self.sequences[row] = Sequence(self.cache)
+
+    def prefill(
+        self,
+        prompts: ListLike[ListLike[int]],
+        num_return_sequences: int,
+        starts: Starts | None = None,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """Begin all rows; each prompt is computed once, and its rows share its blocks.
+
+        Args:
+            prompts: ids, at least one each.
+            num_return_sequences: rows of each prompt.
+            starts, chunk_size: as for :func:`starts.prefill`.
+
+        Returns:
+            [num_rows, vocab_size] float32, the logits after the prompts.
+        """
+        firsts = list(range(0, len(self.sequences), num_return_sequences))
+        for first in firsts:
+            self.begin(first)
+        sequences = [self.sequence(first) for first in firsts]
+        logits = prefill(self.executor, self.cache, prompts, sequences, starts, chunk_size)
+        if num_return_sequences == 1:
+            return logits
+        for first in firsts:
+            for row in range(first + 1, first + num_return_sequences):
+                self.sequences[row] = self.sequence(first).fork()
+        return logits.repeat_interleave(num_return_sequences, dim=0)
+
+    def compute(self, tokens: ListLike[ListLike[int]], rows: ListLike[int]) -> Tensor:
+        """[len(rows), vocab_size] float32: compute further tokens of some rows; the logits after each row's last."""
+        self._batch = None
+        return compute(self.executor, self.cache, tokens, [self.sequence(row) for row in rows])
+
+    def compute_all(
+        self, tokens: ListLike[ListLike[int]], rows: ListLike[int], wanted: ListLike[int] | None = None
+    ) -> Tensor:
+        """Compute a few further tokens of some rows in one step, and the logits after each.
+
+        Args:
+            tokens: for each row, at least one.
+            rows: which rows.
+            wanted: the tokens, numbered through from 0, after which logits are wanted, at least one; None: all.
+
+        Returns:
+            [len(wanted), vocab_size] float32.
+        """
+        self._batch = None
+        sequences = [self.sequence(row) for row in rows]
+        batch = StepBatch.build(tokens, sequences, all_logits=True, device=self._device)
+        if wanted is not None:
+            batch.logits_indices = torch.tensor(wanted, dtype=torch.int64, device=self._device)
+        return self._step(batch)
+
+    def next(self, tokens: ListLike[int], rows: list[int]) -> Tensor:
+        """[len(rows), vocab_size]: compute one further token of each of some rows."""
+        if self._batch is None or self._batch_rows != rows:
+            longest = max(self._max_tokens[row] for row in rows)
+            self._batch = DecodeBatch(len(rows), self.cache.blocks_for(longest), self._device)
+            self._batch.set_sequences([self.sequence(row) for row in rows])
+            self._batch_rows = list(rows)
+        return self._step(self._batch.next(tokens))
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget the tokens of a row from ``length`` on, if it has been begun and has more."""
+        sequence = self.sequences[row]
+        if sequence is not None and length < sequence.length:
+            sequence.truncate(length)
+            # its table of blocks may be an old one now
+            self._batch = None
+
+    def free(self, rows: Iterable[int]) -> None:
+        """Give the blocks of these rows back; rows without any are left alone."""
+        for row in rows:
+            sequence, self.sequences[row] = self.sequences[row], None
+            if sequence is not None:
+                sequence.free()
+
+    def _step(self, batch: StepBatch) -> Tensor:
+        logits = self.executor.step(batch, self.cache).logits
+        assert logits is not None
+        return logits

@@ -3,8 +3,8 @@
 A field is None until somebody sets it. ``generate`` looks for a value in its keyword arguments, then in the
 ``generation_config`` argument, then in the model's own ``generation_config``, and last in :data:`DEFAULTS`.
 
-All of transformers' fields can be read from a file and written back. Those that ``generate`` does not do yet are
-refused by name when it is called, never ignored.
+All of transformers' fields can be read from a file and written back. Those that ``generate`` does not do are refused
+by name when it is called, never ignored: :data:`FIELD_STATUS` says which, and why.
 """
 
 from __future__ import annotations
@@ -12,106 +12,23 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from gpt2rt.errors import RequestError
 
+from .fields import DEFAULTS as DEFAULTS
+from .fields import FIELD_STATUS as FIELD_STATUS
+from .fields import FIELDS as FIELDS
+from .fields import UNSUPPORTED as UNSUPPORTED
 from .validation import validate_fields
 
 CONFIG_NAME = "generation_config.json"
 
-#: fields that ``generate`` honours, with the value they have when nobody sets them
-DEFAULTS: dict[str, Any] = {
-    # length
-    "max_length": 20,
-    "max_new_tokens": None,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "max_time": None,
-    "stop_strings": None,
-    # how
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-    "seed": None,
-    # scores
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "min_p": None,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    # output
-    "return_dict_in_generate": False,
-    "output_scores": False,
-    "output_logits": False,
-    # special tokens
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-
-#: fields of transformers that ``generate`` does not do yet, with the values that ask for nothing (besides None)
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "early_stopping": (False,),
-    "use_mtp": (False,),
-    "cache_implementation": (),
-    "cache_config": (),
-    "max_cache_len": (),
-    "top_h": (),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "length_penalty": (1.0,),
-    "renormalize_logits": (False,),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "remove_invalid_values": (False,),
-    "exponential_decay_length_penalty": (),
-    "sequence_bias": (),
-    "token_healing": (False,),
-    "guidance_scale": (1.0,),
-    "watermarking_config": (),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "decoder_start_token_id": (),
-    "is_assistant": (False,),
-    "num_assistant_tokens": (20,),
-    "num_assistant_tokens_schedule": ("constant",),
-    "assistant_confidence_threshold": (0.4,),
-    "prompt_lookup_num_tokens": (),
-    "max_matching_ngram_size": (),
-    "assistant_early_exit": (),
-    "assistant_lookbehind": (10,),
-    "target_lookbehind": (10,),
-    "assistant_ensemble_weight": (),
-    "speculation_type": (),
-    "compile_config": (),
-    # nothing is compiled, so asking for that or for the opposite of it is already done
-    "disable_compile": (False, True),
-    "continuous_batching_config": (),
-    "low_memory": (False,),
-    "penalty_alpha": (0.0,),
-    "dola_layers": (),
-    "diversity_penalty": (0.0,),
-    "num_beam_groups": (1,),
-    "constraints": (),
-    "force_words_ids": (),
-    "prefill_chunk_size": (),
-}
-
 #: bookkeeping of transformers: kept, without effect
 _METADATA = ("_from_model_config", "transformers_version")
-
-FIELDS = (*DEFAULTS, *UNSUPPORTED)
 
 #: arguments of ``generate`` that are sometimes mistaken for fields
 _GENERATE_ARGUMENTS = (
@@ -142,14 +59,20 @@ class GenerationConfig:
         no_repeat_ngram_size: no n-gram of this length twice; 0 allows all.
         bad_words_ids: token sequences that must not appear.
         suppress_tokens, begin_suppress_tokens: ids never drawn, or not as the first new token.
-        num_return_sequences: continuations of each prompt; more than one needs ``do_sample``.
+        num_beams, length_penalty, early_stopping: beam search.
+        num_return_sequences: continuations of each prompt; more than one needs ``do_sample`` or as many beams.
         seed: signed 64-bit; the same seed, prompt and settings give the same text. Unset, one is drawn from torch's
             global generator, so ``torch.manual_seed`` governs it.
         use_cache: False recomputes the whole row for every token.
         eos_token_id: the end token or several; pad_token_id: fills rows that ended early (default: the first end
             token); bos_token_id: the prompt when none is given.
-        return_dict_in_generate, output_scores, output_logits: what ``generate`` returns.
-        **kwargs: transformers' other fields; ``generate`` refuses those it does not do yet when they ask for something.
+        context_policy: what happens when a row needs more than the model's ``n_positions``: "stop" ends it there,
+            "error" refuses the call, "truncate_left" drops the beginning of a prompt that is too long, "sliding" goes
+            on with the last tokens, of which ``context_stride`` are dropped at a time.
+        return_dict_in_generate, output_scores, output_logits, output_attentions, output_hidden_states: what
+            ``generate`` returns.
+        **kwargs: transformers' other fields; :data:`FIELD_STATUS` has a sentence about each. ``generate`` refuses those
+            it does not do when they ask for something.
 
     Raises:
         RequestError: (a ValueError) an unknown field, or a value outside its range.
@@ -159,25 +82,61 @@ class GenerationConfig:
     max_new_tokens: int | None
     min_length: int | None
     min_new_tokens: int | None
+    early_stopping: bool | str | None
     max_time: float | None
     stop_strings: str | list[str] | None
+    context_policy: str | None
+    context_stride: int | None
     do_sample: bool | None
     num_beams: int | None
     num_return_sequences: int | None
-    use_cache: bool | None
     seed: int | None
+    use_cache: bool | None
+    cache_implementation: str | None
+    cache_config: Any
+    max_cache_len: int | None
+    prefill_chunk_size: int | None
+    low_memory: bool | None
+    compile_config: Any
+    disable_compile: bool | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    top_h: float | None
+    typical_p: float | None
+    epsilon_cutoff: float | None
+    eta_cutoff: float | None
     repetition_penalty: float | None
+    encoder_repetition_penalty: float | None
+    length_penalty: float | None
     no_repeat_ngram_size: int | None
+    encoder_no_repeat_ngram_size: int | None
     bad_words_ids: list[list[int]] | None
+    renormalize_logits: bool | None
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | list[int] | None
+    remove_invalid_values: bool | None
+    exponential_decay_length_penalty: tuple[int, float] | None
     suppress_tokens: list[int] | None
     begin_suppress_tokens: list[int] | None
+    sequence_bias: dict[tuple[int, ...], float] | list[list[Any]] | None
+    token_healing: bool | None
+    guidance_scale: float | None
+    is_assistant: bool | None
+    num_assistant_tokens: int | None
+    num_assistant_tokens_schedule: str | None
+    assistant_confidence_threshold: float | None
+    prompt_lookup_num_tokens: int | None
+    max_matching_ngram_size: int | None
+    assistant_early_exit: int | None
+    assistant_lookbehind: int | None
+    target_lookbehind: int | None
     return_dict_in_generate: bool | None
     output_scores: bool | None
     output_logits: bool | None
+    output_attentions: bool | None
+    output_hidden_states: bool | None
     pad_token_id: int | None
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
@@ -208,18 +167,16 @@ class GenerationConfig:
         validate_fields({name: getattr(self, name) for name in DEFAULTS if getattr(self, name) is not None})
 
     def refuse_unsupported(self) -> None:
-        """Raise if a field asks for something that ``generate`` does not do yet.
+        """Raise if a field asks for something that ``generate`` does not do.
 
         Raises:
-            RequestError: naming the field and its value.
+            RequestError: naming the field, its value and the reason.
         """
-        for name, nothing in UNSUPPORTED.items():
+        for name, (neutral, reason) in UNSUPPORTED.items():
             value = getattr(self, name)
-            if value is not None and not any(type(value) in (type(no), int) and value == no for no in nothing):
-                hint = f"leave it unset or {nothing[0]!r}" if nothing else "leave it unset"
-                raise RequestError(f"generate does not support {name}={value!r} yet; {hint}")
-        if self.num_beams not in (None, 1):
-            raise RequestError(f"generate does not support num_beams={self.num_beams!r} yet; leave it unset or 1")
+            if value is not None and not any(type(value) in (type(no), int) and value == no for no in neutral):
+                hint = f"leave it unset or {neutral[0]!r}" if neutral else "leave it unset"
+                raise RequestError(f"generate does not support {name}={value!r}: {reason}; {hint}")
 
     def get(self, name: str) -> Any:
         """A field's value, or its default from :data:`DEFAULTS` if it is unset."""
@@ -250,15 +207,26 @@ class GenerationConfig:
     # ---- reading and writing -------------------------------------------------------------------------------------
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Self:
-        """A config from a mapping, as it stands in a file; keys that are no field are kept, without effect."""
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """A config from a mapping, as it stands in a file; keys that are no field are kept, without effect.
+
+        Args:
+            config_dict: fields and values.
+            **kwargs: go before it. With ``return_unused_kwargs=True`` those that are no field are returned beside the
+                config instead of kept.
+        """
+        unused = None
+        if kwargs.pop("return_unused_kwargs", False):
+            unused = {name: kwargs.pop(name) for name in list(kwargs) if name not in FIELDS}
         values = dict(config_dict)
         values.update(kwargs)
+        if isinstance(values.get("sequence_bias"), Mapping):
+            values["sequence_bias"] = {_as_ids(key): bias for key, bias in values["sequence_bias"].items()}
         unknown = {name: values.pop(name) for name in list(values) if name not in FIELDS and name not in _METADATA}
         unknown.pop("_commit_hash", None)
         config = cls(**values)
         config.__dict__.update(unknown)
-        return config
+        return config if unused is None else (config, unused)
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> Self:
@@ -286,15 +254,17 @@ class GenerationConfig:
         revision: str = "main",
         *,
         subfolder: str = "",
+        return_unused_kwargs: bool = False,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """The generation config of a checkpoint: a folder, an embedded id (``gpt2rt/...``) or a hub id.
 
         Args:
             pretrained_model_name: what to read.
             config_file_name: its name, ``generation_config.json`` by default.
             cache_dir, force_download, local_files_only, token, revision, subfolder: as in ``huggingface_hub``.
-            **kwargs: fields that override what the file says.
+            **kwargs: fields that override what the file says. With ``return_unused_kwargs=True`` those that are no
+                field are returned beside the config instead of refused.
 
         Raises:
             CheckpointError: (an OSError) the file is missing, unreachable or not a JSON object.
@@ -314,6 +284,8 @@ class GenerationConfig:
         )
         config = cls.from_dict(read_json_object(source.require(config_file_name or CONFIG_NAME)))
         unknown = config.update(**kwargs)
+        if return_unused_kwargs:
+            return config, unknown
         if unknown:
             raise RequestError(f"GenerationConfig has no field named {', '.join(sorted(unknown))}")
         return config
@@ -349,7 +321,17 @@ class GenerationConfig:
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """The text of ``generation_config.json``: sorted keys, two spaces, a final newline."""
-        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        if isinstance(self.sequence_bias, Mapping):
+            # JSON has no keys but texts; transformers reads this form too
+            values["sequence_bias"] = [[list(ids), bias] for ids, bias in self.sequence_bias.items()]
+        return json.dumps(values, indent=2, sort_keys=True, default=_as_json) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write :meth:`to_json_string` to a file; an older one survives a failure."""
+        from gpt2rt.checkpoint.atomic import write_text
+
+        write_text(Path(json_file_path), self.to_json_string(use_diff))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, GenerationConfig):
@@ -365,3 +347,17 @@ class GenerationConfig:
 
     def __repr__(self) -> str:
         return f"GenerationConfig {self.to_json_string()}"
+
+
+def _as_json(value: Any) -> Any:
+    """What stands in a file for an object that JSON does not know."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    raise RequestError(f"{value!r}, a {type(value).__name__}, cannot be written to a JSON file; use plain values")
+
+
+def _as_ids(key: Any) -> Any:
+    """The key of a ``sequence_bias`` in a file that transformers wrote: ``"(5, 6)"``."""
+    if not isinstance(key, str) or not re.fullmatch(r"\(\d+(, ?\d+)*,?\)", key):
+        return key
+    return tuple(int(token) for token in re.findall(r"\d+", key))

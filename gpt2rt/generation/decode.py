@@ -10,29 +10,31 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from collections.abc import Sequence as ListLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gpt2rt.cache import PagedKVCache, Sequence
+from gpt2rt.cache import PagedKVCache
 from gpt2rt.errors import RequestError
-from gpt2rt.graph import Executor, StepBatch
+from gpt2rt.graph import Executor, Plan
 
-from .batch import DecodeBatch
+from .batch import CachedRows
+from .history import History
 from .logits import LogitsProcessorList
+from .past import read_rows
 from .random import request_key, uniform
 from .sampling import check_logits, check_scores, greedy, quiet_threads, sample
+from .starts import BLOCK_SIZE, LayerPairs, Starts
 from .stopping import StoppingCriteriaList, StopStrings
 
-_BLOCK_SIZE = 16
+if TYPE_CHECKING:
+    from .candidates import Speculation
+    from .modes import Loop
 
 _NO_IDS = torch.empty((0, 0), dtype=torch.int64)
-
-# the most prompt tokens of a step; as many take 230 MB of scratch memory in a 124M model
-_MAX_STEP_TOKENS = 8192
 
 
 @dataclasses.dataclass
@@ -45,6 +47,7 @@ class Row:
         prompt_length: how many of them are the prompt.
         max_length: it ends when it has as many ids.
         request, choice: where its random numbers come from, see ``random.uniform``.
+        start: the first of its ids that the model sees; above 0 only where the context policy lets rows slide.
         finish_reason: "stop" (an end token, a stop text, a criterion), "length" (``max_length``), "time"; None while it
             goes on.
         stop_state: what :class:`StopStrings` remembers of it.
@@ -56,6 +59,7 @@ class Row:
     max_length: int
     request: int
     choice: int
+    start: int = 0
     finish_reason: str | None = None
     stop_state: Any = None
 
@@ -63,6 +67,16 @@ class Row:
     def new_ids(self) -> list[int]:
         """The tokens after the prompt."""
         return self.ids[self.prompt_length :]
+
+    @property
+    def num_new(self) -> int:
+        """How many they are."""
+        return len(self.ids) - self.prompt_length
+
+    @property
+    def window(self) -> list[int]:
+        """The tokens that the model sees."""
+        return self.ids[self.start :]
 
 
 @dataclasses.dataclass
@@ -85,6 +99,14 @@ class DecodePlan:
         stop_strings: stop texts, or None.
         max_time: seconds, or None.
         output_scores, output_logits: what to record.
+        prefill_chunk_size: the most tokens of a prompt in one step; None: as many as the scratch memory allows.
+        context_stride: tokens by which a row's window slides when it is full; None: rows end with the positions.
+        starts: what is in the cache of each prompt before the first step, or None.
+        speculation: how candidates for the next tokens are found, or None.
+        num_beams: running beams of each prompt; 1: no beam search.
+        length_penalty, early_stopping: see :class:`BeamSearch`.
+        remove_invalid_values: NaN and infinity in the logits are no error, for a processor takes them out.
+        output_past: return keys and values.
     """
 
     executor: Executor
@@ -106,49 +128,113 @@ class DecodePlan:
     max_time: float | None
     output_scores: bool
     output_logits: bool
+    prefill_chunk_size: int | None = None
+    context_stride: int | None = None
+    starts: Starts | None = None
+    speculation: Speculation | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    remove_invalid_values: bool = False
+    output_past: bool = False
+
+
+def prompt_keys(plan: DecodePlan) -> list[tuple[int, int]]:
+    """For each prompt, the request and the first choice of its random numbers; see ``random.uniform``.
+
+    Equal prompts draw different numbers, as further choices of one request.
+    """
+    keys, seen = [], dict[int, int]()
+    for index, prompt in enumerate(plan.prompts):
+        key = request_key(prompt)
+        if plan.starts is not None:
+            key ^= plan.starts.rows[index].key
+        keys.append((key, seen.get(key, 0)))
+        seen[key] = seen.get(key, 0) + plan.num_return_sequences
+    return keys
+
+
+def cache_lengths(plan: DecodePlan) -> list[int]:
+    """For each prompt, the most tokens that a row of it has in the cache.
+
+    The last token is never computed, but costs at most one block. A cache that is returned is filled up to the longest
+    row, as in transformers.
+    """
+    new = [limit - len(prompt) for prompt, limit in zip(plan.prompts, plan.max_lengths, strict=True)]
+    hidden = [0] * len(new) if plan.starts is None else [start.hidden for start in plan.starts.rows]
+    return [
+        length + len(prompt) + (max(new) if plan.output_past else own)
+        for length, prompt, own in zip(hidden, plan.prompts, new, strict=True)
+    ]
 
 
 def make_rows(plan: DecodePlan) -> list[Row]:
-    """A row for each continuation; equal prompts draw different numbers, as further choices of one request."""
+    """A row for each continuation of each prompt."""
     rows = []
-    seen: dict[int, int] = {}
+    n_positions = plan.executor.plan.n_positions
+    keys = prompt_keys(plan)
     for index, (prompt, limit) in enumerate(zip(plan.prompts, plan.max_lengths, strict=True)):
-        key = request_key(prompt)
-        first = seen.get(key, 0)
-        seen[key] = first + plan.num_return_sequences
+        key, first = keys[index]
         for choice in range(first, first + plan.num_return_sequences):
-            rows.append(Row(index, list(prompt), len(prompt), limit, key, choice))
+            start = max(0, len(prompt) - n_positions)
+            rows.append(Row(index, list(prompt), len(prompt), limit, key, choice, start))
     return rows
 
 
-def make_cache(plan: DecodePlan) -> PagedKVCache:
+def make_cache(plan: DecodePlan, model: Plan | None = None) -> PagedKVCache:
     """A cache that holds all rows of a plan at their full length.
+
+    Args:
+        plan: the rows.
+        model: whose keys and values are kept; None: the plan's own model.
 
     Raises:
         RequestError: it would not fit into this machine's memory.
     """
-    model = plan.executor.plan
+    model = model or plan.executor.plan
     num_blocks = 0
-    for prompt, limit in zip(plan.prompts, plan.max_lengths, strict=True):
-        # full blocks of the prompt are shared; the last token of a row is never computed, but costs at most one block
-        shared = len(prompt) // _BLOCK_SIZE if plan.use_cache else 0
-        num_blocks += shared + plan.num_return_sequences * (-(-limit // _BLOCK_SIZE) - shared)
+    for prompt, limit, length in zip(plan.prompts, plan.max_lengths, cache_lengths(plan), strict=True):
+        slides = limit > model.n_positions + 1
+        # full blocks of the prompt are shared, unless rows slide off it; the last token of a row is never computed, but
+        # costs at most one block
+        shared = len(prompt) // BLOCK_SIZE if plan.use_cache and not slides else 0
+        longest = min(length, model.n_positions)
+        num_blocks += shared + plan.num_return_sequences * (-(-longest // BLOCK_SIZE) - shared)
         # the prompt's own partial block lives on beside the copies until its first row writes to it
         num_blocks += 1
-    num_bytes = num_blocks * _BLOCK_SIZE * model.n_layer * 2 * model.n_head * model.head_dim * model.dtype.itemsize
+    return new_cache(
+        model,
+        num_blocks,
+        f"{len(plan.prompts)} prompts with num_return_sequences={plan.num_return_sequences}",
+        "ask for fewer or shorter rows",
+    )
+
+
+def new_cache(model: Plan, num_blocks: int, who: str, remedy: str) -> PagedKVCache:
+    """A cache of so many blocks for a model.
+
+    Args:
+        model: whose keys and values go there.
+        num_blocks: blocks of 16 tokens.
+        who: what needs it, for the message.
+        remedy: what to do if it is too large, for the message.
+
+    Raises:
+        RequestError: it would not fit into this machine's memory.
+    """
+    num_bytes = num_blocks * BLOCK_SIZE * model.n_layer * 2 * model.n_head * model.head_dim * model.dtype.itemsize
     memory = _memory_bytes(model.device)
     if num_bytes > memory:
         raise RequestError(
-            f"{len(plan.prompts)} prompts with num_return_sequences={plan.num_return_sequences} need up to "
-            f"{num_bytes / 1e9:.1f} GB of KV cache, but {model.device} has {memory / 1e9:.1f} GB of memory; ask for "
-            "fewer or shorter rows"
+            f"{who} need up to {num_bytes / 1e9:.1f} GB of KV cache, but {model.device} has {memory / 1e9:.1f} GB of "
+            f"memory; {remedy}"
         )
     return PagedKVCache(
         model.n_layer,
         model.n_head,
         model.head_dim,
         num_blocks,
-        block_size=_BLOCK_SIZE,
+        block_size=BLOCK_SIZE,
         dtype=model.dtype,
         device=model.device,
     )
@@ -170,6 +256,7 @@ class Decoder:
         rows: all rows, in the order of the output.
         scores, logits: recorded steps, each [num_rows, vocab_size] float32, if asked for.
         cache: the KV cache.
+        past: of each layer, keys and values of all rows at the end, if asked for.
     """
 
     def __init__(self, plan: DecodePlan) -> None:
@@ -179,10 +266,19 @@ class Decoder:
         self.rows = make_rows(plan)
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
-        self._sequences: list[Sequence | None] = [None] * len(self.rows)
-        looked_at = plan.processors or plan.user_processors or plan.user_criteria
-        self._history = _History(plan, len(self.rows)) if looked_at else None
-        self._device = plan.executor.plan.device
+        self.past: LayerPairs | None = None
+        lengths = cache_lengths(plan)
+        self.cached = CachedRows(plan.executor, self.cache, [lengths[row.prompt] for row in self.rows])
+        self._history = self._make_history()
+        self._began = 0.0
+
+    def _make_history(self) -> History | None:
+        plan = self.plan
+        if not (plan.processors or plan.user_processors or plan.user_criteria):
+            return None
+        longest = max(row.max_length - row.prompt_length for row in self.rows)
+        device = plan.executor.plan.device
+        return History(plan.columns, plan.keep, len(self.rows), longest, plan.pad_token_id, device)
 
     def steps(self) -> Generator[list[int], None, None]:
         """Generate, step by step; each item holds the new token of every row, ``pad_token_id`` for finished ones.
@@ -193,108 +289,96 @@ class Decoder:
             NumericsError: the logits of a row hold NaN or infinity.
             RequestError: the processors left a row no token.
         """
-        start = time.monotonic()
+        self._begin()
         try:
             live = list(range(len(self.rows)))
-            if self.plan.stop_strings is not None:
-                for row in self.rows:
-                    row.stop_state = self.plan.stop_strings.begin(row.ids)
             logits = self._prefill()
-            batch: DecodeBatch | None = None
             while True:
                 tokens = self._choose(logits, live)
                 step = [self.plan.pad_token_id] * len(self.rows)
                 for index, token in zip(live, tokens, strict=True):
                     step[index] = token
-                    self._append(self.rows[index], token)
-                if self._history is not None:
-                    self._history.append(step)
-                self._apply_criteria(live, start)
+                self._append(live, tokens)
+                self._apply_clock(live)
                 yield step
                 going_on = [index for index in live if self.rows[index].finish_reason is None]
                 if not going_on:
+                    self._end()
                     return
                 if len(going_on) < len(live):
-                    self._free(index for index in live if self.rows[index].finish_reason is not None)
-                    live, batch = going_on, None
-                if not self.plan.use_cache:
-                    logits = self._recompute(live)
-                    continue
-                if batch is None:
-                    batch = self._decode_batch(live)
-                logits = self._logits(batch.next([self.rows[index].ids[-1] for index in live]))
+                    self._release(index for index in live if self.rows[index].finish_reason is not None)
+                    live = going_on
+                logits = self._next(live)
         finally:
-            self._free(range(len(self.rows)))
+            self.cached.free(range(len(self.rows)))
+
+    def _begin(self) -> None:
+        self._began = time.monotonic()
+        if self.plan.stop_strings is not None:
+            for row in self.rows:
+                row.stop_state = self.plan.stop_strings.begin(row.ids)
+
+    def _release(self, indices: Iterable[int]) -> None:
+        """Rows have ended: give their blocks back, unless the cache is to be returned."""
+        if not self.plan.output_past:
+            self.cached.free(indices)
+
+    def _end(self) -> None:
+        """All rows have ended."""
+        if self.plan.output_past:
+            self.past = read_rows(self.plan, self.cached, self.rows)
 
     # ---- the model -----------------------------------------------------------------------------------------------
 
-    def _logits(self, batch: StepBatch) -> Tensor:
-        logits = self.plan.executor.step(batch, self.cache).logits
-        assert logits is not None
-        return logits
-
-    def _compute(self, tokens: ListLike[ListLike[int]], sequences: ListLike[Sequence]) -> Tensor:
-        """[len(sequences), vocab_size]: ragged rows in as few steps as the scratch memory of a step allows."""
-        logits, start, size = [], 0, 0
-        for stop, ids in enumerate(tokens, 1):
-            size += len(ids)
-            if stop == len(tokens) or size + len(tokens[stop]) > _MAX_STEP_TOKENS:
-                batch = StepBatch.build(tokens[start:stop], sequences[start:stop], device=self._device)
-                logits.append(self._logits(batch))
-                start, size = stop, 0
-        return logits[0] if len(logits) == 1 else torch.cat(logits)
-
     def _prefill(self) -> Tensor:
-        """[num_rows, vocab_size]: each prompt once, whose cache its rows then share."""
+        """[num_rows, vocab_size]: the logits after each row's prompt."""
         count = self.plan.num_return_sequences
-        firsts = range(0, len(self.rows), count)
-        for index in firsts:
-            self._sequences[index] = Sequence(self.cache)
-        sequences = self._live_sequences(list(firsts))
-        logits = self._compute(self.plan.prompts, sequences)
-        if count == 1:
-            return logits
-        for index, sequence in zip(firsts, sequences, strict=True):
-            for other in range(index + 1, index + count):
-                self._sequences[other] = sequence.fork()
-        return logits.repeat_interleave(count, dim=0)
+        windows = [row.window for row in self.rows[::count]]
+        return self.cached.prefill(windows, count, self.plan.starts, self.plan.prefill_chunk_size)
 
-    def _live_sequences(self, live: list[int]) -> list[Sequence]:
-        return [sequence for index in live if (sequence := self._sequences[index]) is not None]
+    def _next(self, live: list[int]) -> Tensor:
+        """[len(live), vocab_size]: the logits after each row's newest token."""
+        moved = self._slide(live)
+        if not self.plan.use_cache:
+            moved = live
+            for index in live:
+                self.cached.truncate(index, 0)
+        newest = [self.rows[index].ids[-1] for index in live]
+        if not moved:
+            return self.cached.next(newest, live)
+        anew = set(moved)
+        tokens = [self.rows[i].window if i in anew else [token] for i, token in zip(live, newest, strict=True)]
+        return self.cached.compute(tokens, live)
 
-    def _decode_batch(self, live: list[int]) -> DecodeBatch:
-        longest = max(self.rows[index].max_length for index in live)
-        batch = DecodeBatch(len(live), self.cache.blocks_for(longest), self._device)
-        batch.set_sequences(self._live_sequences(live))
-        return batch
-
-    def _recompute(self, live: list[int]) -> Tensor:
-        """The logits of whole rows, computed anew."""
-        sequences = self._live_sequences(live)
-        for sequence in sequences:
-            sequence.truncate(0)
-        return self._compute([self.rows[index].ids for index in live], sequences)
-
-    def _free(self, indices: Any) -> None:
-        for index in indices:
-            sequence, self._sequences[index] = self._sequences[index], None
-            if sequence is not None:
-                sequence.free()
+    def _slide(self, live: list[int]) -> list[int]:
+        """Move the windows that are full, and return the rows whose windows must be computed anew."""
+        if self.plan.context_stride is None:
+            return []
+        n_positions = self.plan.executor.plan.n_positions
+        moved = [index for index in live if len(self.rows[index].ids) - self.rows[index].start > n_positions]
+        for index in moved:
+            row = self.rows[index]
+            row.start = len(row.ids) - (n_positions - self.plan.context_stride)
+            self.cached.truncate(index, 0)
+        return moved
 
     # ---- the next token ------------------------------------------------------------------------------------------
 
     def _choose(self, logits: Tensor, live: list[int]) -> list[int]:
+        """The next token of some rows that have equally many new tokens; scores and logits are recorded."""
         plan = self.plan
-        check_logits(logits, live)
+        step = self.rows[live[0]].num_new
+        if not plan.remove_invalid_values:
+            check_logits(logits, live)
         if plan.output_logits:
-            self.logits.append(self._all_rows(logits, live).clone())
+            self._record(self.logits, logits, live, step)
         scores = logits
         if plan.processors:
             assert self._history is not None
             with quiet_threads(scores):
-                scores = plan.processors(self._history.ids(live), scores)
+                scores = plan.processors(self._history.ids(step, live), scores, rows=live)
         if plan.user_processors:
-            scores = self._user_scores(scores, live)
+            scores = self._user_scores(scores, live, step)
         changed = plan.processors or plan.user_processors
         with quiet_threads(scores) if changed or plan.do_sample else contextlib.nullcontext():
             if changed:
@@ -302,11 +386,18 @@ class Decoder:
             # warpers look at the scores alone
             scores = plan.warpers(_NO_IDS, scores)
             if plan.output_scores:
-                self.scores.append(self._all_rows(scores, live).clone())
+                self._record(self.scores, scores, live, step)
             if not plan.do_sample:
                 return greedy(scores)
             rows = (self.rows[index] for index in live)
             return sample(scores, [uniform(plan.seed, row.request, row.choice, len(row.ids)) for row in rows])
+
+    def _record(self, steps: list[Tensor], values: Tensor, live: list[int], step: int) -> None:
+        """Keep the live rows' values of a step; rows without any have 0."""
+        if step == len(steps):
+            steps.append(self._all_rows(values, live).clone())
+        else:
+            steps[step][live] = values
 
     def _all_rows(self, values: Tensor, live: list[int]) -> Tensor:
         """[num_rows, vocab_size] from the live rows' values; finished rows are 0."""
@@ -316,23 +407,30 @@ class Decoder:
         everything[live] = values
         return everything
 
-    def _user_scores(self, scores: Tensor, live: list[int]) -> Tensor:
+    def _user_scores(self, scores: Tensor, live: list[int], step: int) -> Tensor:
         """The caller's processors see every row of the call, so that what they keep for a row stays its own."""
         assert self._history is not None
         scores = self._all_rows(scores, live)
         for processor in self.plan.user_processors:
-            scores = processor(self._history.columns(), scores)
-            if not isinstance(scores, Tensor) or scores.shape != (len(self.rows), self.plan.executor.plan.vocab_size):
-                shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise RequestError(
-                    f"the logits processor {type(processor).__name__} returned {shape}, expected a tensor of shape "
-                    f"[{len(self.rows)}, {self.plan.executor.plan.vocab_size}]"
-                )
+            scores = checked_scores(processor, processor(self._history.columns(step), scores), list(scores.shape))
         return scores if len(live) == len(self.rows) else scores[live]
 
     # ---- the end of a row ----------------------------------------------------------------------------------------
 
-    def _append(self, row: Row, token: int) -> None:
+    def _append(self, live: list[int], tokens: list[int]) -> None:
+        """Give rows with equally many new tokens one more, and finish those that end with it."""
+        step = self.rows[live[0]].num_new
+        for index, token in zip(live, tokens, strict=True):
+            self._append_token(self.rows[index], token)
+        if self._history is None:
+            return
+        self._history.put(step, live, tokens)
+        if self.plan.user_criteria:
+            scores = tuple(self.scores) if self.plan.output_scores else None
+            stopped = StoppingCriteriaList(self.plan.user_criteria)(self._history.columns(step + 1), scores).tolist()
+            self._finish([index for index in live if stopped[index]], "stop")
+
+    def _append_token(self, row: Row, token: int) -> None:
         row.ids.append(token)
         stops = self.plan.stop_strings
         if stops is not None:
@@ -344,60 +442,32 @@ class Decoder:
         elif row.finish_reason is None and len(row.ids) >= row.max_length:
             row.finish_reason = "length"
 
-    def _apply_criteria(self, live: list[int], start: float) -> None:
-        """Finish rows by the clock and by the caller's criteria."""
-        late = self.plan.max_time is not None and time.monotonic() - start > self.plan.max_time
-        stopped: list[bool] = []
-        if self.plan.user_criteria:
-            assert self._history is not None
-            scores = tuple(self.scores) if self.plan.output_scores else None
-            stopped = StoppingCriteriaList(self.plan.user_criteria)(self._history.columns(), scores).tolist()
-        for index in live:
+    def _apply_clock(self, live: list[int]) -> None:
+        """Finish all rows when the time is over."""
+        if self.plan.max_time is not None and time.monotonic() - self._began > self.plan.max_time:
+            self._finish(live, "time")
+
+    def _finish(self, indices: list[int], reason: str) -> None:
+        for index in indices:
             row = self.rows[index]
-            if row.finish_reason is None and stopped and stopped[index]:
-                row.finish_reason = "stop"
-            if row.finish_reason is None and late:
-                row.finish_reason = "time"
+            row.finish_reason = row.finish_reason or reason
 
 
-class _History:
-    """The tokens so far as tensors, for processors and criteria that look at them."""
+def checked_scores(processor: Any, scores: Any, expected: list[int]) -> Tensor:
+    """What a caller's processor returned, if it has the shape of what it got.
 
-    def __init__(self, plan: DecodePlan, num_rows: int) -> None:
-        batch, prompt_columns = plan.columns.shape
-        longest = max(limit - len(prompt) for limit, prompt in zip(plan.max_lengths, plan.prompts, strict=True))
-        self._length = prompt_columns
-        device = plan.executor.plan.device
-        repeated = plan.columns.to(device).repeat_interleave(num_rows // batch, dim=0)
-        # what the caller's own code sees
-        self._columns = torch.zeros((num_rows, prompt_columns + longest), dtype=torch.int64, device=device)
-        self._columns[:, :prompt_columns] = repeated
-        # what ours sees: padding is negative, and no token
-        self._ids = self._columns
-        if plan.keep is not None:
-            self._ids = self._columns.clone()
-            padding = ~plan.keep.to(device).repeat_interleave(num_rows // batch, dim=0)
-            self._ids[:, :prompt_columns].masked_fill_(padding, -1)
-
-    def append(self, step: list[int]) -> None:
-        """Add the new token of every row."""
-        column = torch.tensor(step, dtype=torch.int64, device=self._columns.device)
-        self._columns[:, self._length] = column
-        if self._ids is not self._columns:
-            self._ids[:, self._length] = column
-        self._length += 1
-
-    def columns(self) -> Tensor:
-        """[num_rows, length] int64, every row as the caller laid it out; finished rows are padded."""
-        return self._columns[:, : self._length]
-
-    def ids(self, live: list[int]) -> Tensor:
-        """[len(live), length] int64, -1 for padding."""
-        ids = self._ids[:, : self._length]
-        return ids if len(live) == ids.size(0) else ids[live]
+    Raises:
+        RequestError: it has not.
+    """
+    if isinstance(scores, Tensor) and list(scores.shape) == expected:
+        return scores
+    shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    raise RequestError(
+        f"the logits processor {type(processor).__name__} returned {shape}, expected a tensor of shape {expected}"
+    )
 
 
-def finished_sequences(decoder: Decoder) -> Tensor:
+def finished_sequences(decoder: Loop) -> Tensor:
     """[num_rows, length] int64 on CPU: the caller's prompt columns, the new tokens, then padding."""
     plan = decoder.plan
     new_ids = [row.new_ids for row in decoder.rows]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,31 +11,64 @@ from typing import Any
 import torch
 
 from gpt2rt.errors import RequestError
+from gpt2rt.graph.plan import Embed
 
+from .cache_names import check_cache, check_cache_length
 from .config import DEFAULTS, FIELDS, GenerationConfig
-from .decode import DecodePlan, Decoder
+from .context import LONG_PROMPTS, fit_prompts, row_limits, sliding_stride
+from .continuation import Given, check_position_ids, read_call, with_token_types
+from .decode import DecodePlan
+from .guidance import make_guidance
+from .healing import heal_prompts
 from .logits import as_list, build_processors
+from .modes import Loop, make_decoder
 from .prompts import Prompts, read_prompts
 from .runtime import executor_for
-from .stopping import StopStrings
+from .speculation import make_speculation
+from .stopping import ConfidenceCriteria, StopStrings, holds, without_replaced
+from .validation import bias_items
 
-_SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "seed")
+_NEED_DICT = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
-#: arguments that transformers' generate knows and this one does not do yet
-_NOT_YET = (
-    "position_ids",
+_SAMPLING_ONLY = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "seed",
+)
+
+#: arguments of ``generate`` that are taken from its keywords
+_CALL_ARGUMENTS = (
+    "attention_mask",
     "past_key_values",
     "inputs_embeds",
+    "position_ids",
     "token_type_ids",
-    "head_mask",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-    "encoder_outputs",
+    "tokenizer",
+    "prefix_allowed_tokens_fn",
+    "assistant_model",
     "assistant_tokenizer",
-    "trust_remote_code",
-    "continuous_batching_config",
-    "use_model_defaults",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
 )
+
+#: arguments that transformers' generate knows, and why they are refused here
+_REFUSED = {
+    "synced_gpus": "the model is not spread over several processes",
+    "head_mask": "the model is computed as one graph without it; call forward, or set the weights of a head to 0",
+    "encoder_hidden_states": "models with cross attention run in forward only",
+    "encoder_attention_mask": "models with cross attention run in forward only",
+    "encoder_outputs": "there is no encoder",
+    "continuous_batching_config": "generate computes the batch it is given, from first to last token",
+}
+
+#: arguments that change nothing: there is no code from a hub to trust, and a model's own settings are always used
+_WITHOUT_EFFECT = ("trust_remote_code", "use_model_defaults", "logits_to_keep")
 
 
 def resolve_config(
@@ -74,15 +109,15 @@ def _warn_of_idle_fields(config: GenerationConfig, explicit: set[str]) -> None:
     if not config.get("do_sample"):
         idle = [name for name in _SAMPLING_ONLY if name in explicit and config.get(name) != DEFAULTS[name]]
     if idle:
-        warnings.warn(f"{', '.join(idle)} only matter with do_sample=True, which is not set", stacklevel=4)
+        warnings.warn(f"{', '.join(idle)} only matter with do_sample=True, which is not set", stacklevel=6)
     if not config.get("return_dict_in_generate"):
-        idle = [name for name in ("output_scores", "output_logits") if name in explicit and config.get(name)]
+        idle = [name for name in _NEED_DICT if name in explicit and config.get(name)]
         if idle:
-            warnings.warn(f"{', '.join(idle)} only matter with return_dict_in_generate=True", stacklevel=4)
+            warnings.warn(f"{', '.join(idle)} only matter with return_dict_in_generate=True", stacklevel=6)
     if {"max_new_tokens", "max_length"} <= explicit:
-        warnings.warn("both max_new_tokens and max_length are set; max_new_tokens counts", stacklevel=4)
+        warnings.warn("both max_new_tokens and max_length are set; max_new_tokens counts", stacklevel=6)
     if {"min_new_tokens", "min_length"} <= explicit:
-        warnings.warn("both min_new_tokens and min_length are set; min_new_tokens counts", stacklevel=4)
+        warnings.warn("both min_new_tokens and min_length are set; min_new_tokens counts", stacklevel=6)
 
 
 def refuse_leftovers(kwargs: Mapping[str, Any]) -> None:
@@ -91,10 +126,11 @@ def refuse_leftovers(kwargs: Mapping[str, Any]) -> None:
     Raises:
         RequestError: naming all of them.
     """
-    left = [name for name, value in kwargs.items() if value is not None]
-    known = [name for name in left if name in _NOT_YET]
-    if known:
-        raise RequestError(f"generate does not support {', '.join(known)} yet; leave it out")
+    left = [name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT]
+    for name in left:
+        if name in _REFUSED and kwargs[name] is not False:
+            raise RequestError(f"generate does not support {name}: {_REFUSED[name]}")
+    left = [name for name in left if name not in _REFUSED]
     if left:
         raise RequestError(
             f"The following `model_kwargs` are not used by the model: {left} (note: typos in the generate arguments "
@@ -108,7 +144,12 @@ def _check_ids(config: GenerationConfig, explicit: set[str], vocab_size: int) ->
         "suppress_tokens": as_list(config.suppress_tokens),
         "begin_suppress_tokens": as_list(config.begin_suppress_tokens),
         "bad_words_ids": [token for sequence in config.bad_words_ids or () for token in sequence],
+        "forced_bos_token_id": as_list(config.forced_bos_token_id),
+        "forced_eos_token_id": as_list(config.forced_eos_token_id),
     }
+    if config.sequence_bias is not None:
+        items = bias_items("sequence_bias", config.sequence_bias)
+        named["sequence_bias"] = [token for ids, _ in items for token in ids]
     if "eos_token_id" in explicit:
         named["eos_token_id"] = as_list(config.eos_token_id)
     for name, ids in named.items():
@@ -117,35 +158,24 @@ def _check_ids(config: GenerationConfig, explicit: set[str], vocab_size: int) ->
             raise RequestError(f"{name} holds {bad[0]}, but the vocabulary has ids 0 to {vocab_size - 1}")
 
 
-def _max_lengths(
-    config: GenerationConfig, explicit: set[str], prompts: Prompts, n_positions: int, own_max_length: bool
-) -> list[int]:
-    """The most ids of each row: as many as asked for, as far as positions go.
+def _wanted_tokens(config: GenerationConfig, columns: int) -> int | None:
+    """How many new tokens are asked for; None: nobody said.
 
-    The last new token needs no position, for nothing is computed from it, so a row may have ``n_positions + 1`` ids.
+    Args:
+        config: the settings in force.
+        columns: of the prompts as the caller laid them out, ids or embeddings.
     """
-    columns = prompts.columns.size(1)
     if config.max_new_tokens is not None:
-        wanted = config.max_new_tokens
-    elif own_max_length:
-        wanted = config.get("max_length") - columns
-        if wanted <= 0:
-            raise RequestError(
-                f"Input length of input_ids is {columns}, but `max_length` is set to {config.max_length}: no new token "
-                "would fit; set max_new_tokens instead, or a larger max_length"
-            )
-    else:
-        # transformers' default: 20 new tokens, or up to n_positions ids; a prompt that fills them all still gets one
-        lengths = [len(row) for row in prompts.rows]
-        return [max(length + 1, min(length + DEFAULTS["max_length"], n_positions)) for length in lengths]
-    room = [n_positions + 1 - len(row) for row in prompts.rows]
-    if wanted > min(room) and ("max_new_tokens" in explicit or "max_length" in explicit):
-        warnings.warn(
-            f"{wanted} new tokens were asked for, but after the longest prompt there is room for {min(room)} in the "
-            f"model's n_positions={n_positions}; rows end there",
-            stacklevel=5,
+        return config.max_new_tokens
+    if config.max_length is None:
+        return None
+    wanted = config.max_length - columns
+    if wanted <= 0:
+        raise RequestError(
+            f"Input length of input_ids is {columns}, but `max_length` is set to {config.max_length}: no new token "
+            "would fit; set max_new_tokens instead, or a larger max_length"
         )
-    return [len(row) + min(wanted, space) for row, space in zip(prompts.rows, room, strict=True)]
+    return wanted
 
 
 def _pad_token(config: GenerationConfig, prompts: Prompts, limits: list[int], can_end_early: bool) -> int:
@@ -170,12 +200,14 @@ def prepare(
     logits_processor: Sequence[Any] | None,
     stopping_criteria: Sequence[Any] | None,
     kwargs: dict[str, Any],
-) -> tuple[Decoder, GenerationConfig, Prompts]:
+    **named: Any,
+) -> tuple[Loop, GenerationConfig, Prompts]:
     """Check a call of ``generate`` and make its decode loop.
 
     Args:
         model: with ``config``, ``generation_config``, ``device`` and what :func:`executor_for` needs.
-        inputs, generation_config, logits_processor, stopping_criteria, kwargs: as ``generate`` got them.
+        inputs, generation_config, logits_processor, stopping_criteria: as ``generate`` got them.
+        kwargs, named: its other arguments, by name.
 
     Returns:
         The loop, the settings in force, and the prompts.
@@ -183,55 +215,218 @@ def prepare(
     Raises:
         RequestError: (a ValueError) something in the call is wrong; nothing has been computed.
     """
+    plan, config, prompts = make_plan(
+        model, inputs, generation_config, logits_processor, stopping_criteria, kwargs | named
+    )
+    return make_decoder(plan), config, prompts
+
+
+def make_plan(
+    model: Any,
+    inputs: Any,
+    generation_config: Any,
+    logits_processor: Sequence[Any] | None,
+    stopping_criteria: Sequence[Any] | None,
+    kwargs: dict[str, Any],
+) -> tuple[DecodePlan, GenerationConfig, Prompts]:
+    """As :func:`prepare`, without the loop."""
     config, rest, explicit = resolve_config(model.generation_config, generation_config, kwargs)
+    user_criteria = _callables("stopping_criteria", stopping_criteria)
+    config = without_replaced(config, user_criteria)
+    if config.get("is_assistant") and config.get("assistant_confidence_threshold") > 0:
+        user_criteria.append(ConfidenceCriteria(config.get("assistant_confidence_threshold")))
     named = rest.pop("input_ids", None)
     if named is not None and inputs is not None:
         raise RequestError("inputs and input_ids were both given; they are the same argument, pass one")
-    attention_mask, tokenizer = rest.pop("attention_mask", None), rest.pop("tokenizer", None)
+    call = {name: rest.pop(name, None) for name in _CALL_ARGUMENTS}
     refuse_leftovers(rest)
+    check_cache(config, call["past_key_values"])
 
     vocab_size, n_positions = model.config.vocab_size, model.config.n_positions
     _check_ids(config, explicit, vocab_size)
     # an end token of a foreign checkpoint can never be drawn
     eos = [token for token in as_list(config.eos_token_id) if token < vocab_size]
-    prompts = read_prompts(
+    executor = executor_for(model)
+    policy = config.get("context_policy")
+    rows_per_prompt = max(config.get("num_beams"), config.get("num_return_sequences"))
+    prompts, given = read_call(
         named if inputs is None else inputs,
-        attention_mask,
+        call["attention_mask"],
+        call["past_key_values"],
+        call["inputs_embeds"],
+        plan=executor.plan,
+        rows_per_prompt=rows_per_prompt,
         vocab_size=vocab_size,
         n_positions=n_positions,
         bos_token_id=config.bos_token_id,
         eos_token_ids=as_list(config.eos_token_id),
         pad_token_id=config.pad_token_id,
         device=model.device,
+        allow_longer=policy in LONG_PROMPTS,
     )
-    limits = _max_lengths(config, explicit, prompts, n_positions, config.max_length is not None)
-    if config.stop_strings is not None and tokenizer is None:
+    if call["position_ids"] is not None:
+        check_position_ids(call["position_ids"], prompts, given)
+    if call["token_type_ids"] is not None:
+        given = with_token_types(prompts, given, call["token_type_ids"], model.get_input_embeddings())
+        if call["assistant_model"] is not None or config.assistant_early_exit is not None:
+            raise RequestError("token_type_ids do not go with an assistant, which would not see them; leave one out")
+    if given is not None:
+        _check_given(config, given, call["assistant_model"])
+    if policy in LONG_PROMPTS and call["past_key_values"] is not None:
+        raise RequestError(
+            f"context_policy={policy!r} does not go with past_key_values: no cache can be filled with "
+            "tokens that the model does not see"
+        )
+    if config.get("token_healing"):
+        prompts = _healed(model, prompts, call["tokenizer"], config)
+    # what max_length counts: the embeddings, or the ids
+    columns = prompts.columns.size(1) if given is None or given.embeds is None else given.embeds.size(1)
+    wanted = _wanted_tokens(config, columns)
+    fitted = fit_prompts(prompts, policy, wanted, n_positions)
+    whole, prompts = fitted is prompts, fitted
+    hidden = [0] * len(prompts.rows) if given is None else given.hidden
+    lengths = [before + len(row) for before, row in zip(hidden, prompts.rows, strict=True)]
+    asked = "max_new_tokens" in explicit or "max_length" in explicit
+    limits = row_limits(lengths, policy, wanted, n_positions, asked)
+    check_cache_length(config, limits)
+    limits = [limit - before for limit, before in zip(limits, hidden, strict=True)]
+    if config.stop_strings is not None and call["tokenizer"] is None:
         raise RequestError("stop_strings need the tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer)")
-    can_end_early = bool(config.stop_strings or stopping_criteria)
-    processors, warpers = build_processors(config, prompts.columns.size(1), eos)
-    _warn_of_unreachable_minimum(config, prompts, limits)
+    can_end_early = bool(config.stop_strings or user_criteria)
+    user_processors = _callables("logits_processor", logits_processor)
+    pad_token_id = _pad_token(config, prompts, limits, can_end_early)
+    if config.get("num_beams") > 1 and pad_token_id == 0 and eos:
+        # transformers tests the id for truth here, so beams that ended are filled with the end token instead of id 0
+        pad_token_id = as_list(config.eos_token_id)[0]
+    _warn_of_unreachable_minimum(config, prompts, limits, columns)
+    # without ids, the lengths that processors see begin at 0
+    shown = prompts.columns.size(1)
+    ruled = config if columns == shown else _shifted(config, columns - shown)
+    processors, warpers = build_processors(
+        ruled,
+        shown,
+        eos,
+        prefix_allowed_tokens_fn=call["prefix_allowed_tokens_fn"],
+        guidance=make_guidance(
+            config,
+            executor,
+            call["negative_prompt_ids"],
+            call["negative_prompt_attention_mask"],
+            prompt_columns=shown,
+            num_rows=len(prompts.rows) * rows_per_prompt,
+            max_new_tokens=max(limit - len(row) for limit, row in zip(limits, prompts.rows, strict=True)),
+        ),
+        max_length=_PerPrompt(
+            [shown + limit - len(row) for limit, row in zip(limits, prompts.rows, strict=True)], rows_per_prompt
+        ),
+        pad_token_id=pad_token_id,
+        user_processors=user_processors,
+    )
+    speculation = make_speculation(
+        executor, config, call["assistant_model"], call["tokenizer"], call["assistant_tokenizer"]
+    )
+    if given is not None and given.token_type is not None:
+        # what is added to every new token might as well be added to every position
+        embed = executor.plan.nodes[0]
+        assert isinstance(embed, Embed)
+        executor = executor.with_positions(embed.wpe + embed.wte[given.token_type])
+    returns_dict, use_cache = config.get("return_dict_in_generate"), config.get("use_cache") or given is not None
+    caller_cache = hasattr(call["past_key_values"], "update")
+    stride = sliding_stride(config, n_positions)
     plan = DecodePlan(
-        executor=executor_for(model),
+        executor=executor,
         prompts=prompts.rows,
         max_lengths=limits,
         num_return_sequences=config.get("num_return_sequences"),
-        eos_token_ids=frozenset(eos),
-        pad_token_id=_pad_token(config, prompts, limits, can_end_early),
+        eos_token_ids=frozenset(() if holds(user_criteria, "EosTokenCriteria") else eos),
+        pad_token_id=pad_token_id,
         processors=processors,
         warpers=warpers,
-        user_processors=_callables("logits_processor", logits_processor),
-        user_criteria=_callables("stopping_criteria", stopping_criteria),
+        user_processors=user_processors,
+        user_criteria=user_criteria,
         columns=prompts.columns,
         keep=prompts.keep,
         do_sample=config.get("do_sample"),
         seed=_seed(config),
-        use_cache=config.get("use_cache"),
-        stop_strings=None if config.stop_strings is None else StopStrings(config.stop_strings, tokenizer),
+        use_cache=use_cache,
+        stop_strings=None if config.stop_strings is None else StopStrings(config.stop_strings, call["tokenizer"]),
         max_time=config.max_time,
-        output_scores=config.get("return_dict_in_generate") and config.get("output_scores"),
-        output_logits=config.get("return_dict_in_generate") and config.get("output_logits"),
+        output_scores=returns_dict and config.get("output_scores"),
+        output_logits=returns_dict and config.get("output_logits"),
+        prefill_chunk_size=config.prefill_chunk_size,
+        context_stride=stride,
+        speculation=speculation,
+        num_beams=config.get("num_beams"),
+        length_penalty=config.get("length_penalty"),
+        early_stopping=config.get("early_stopping"),
+        remove_invalid_values=config.get("remove_invalid_values"),
+        # neither the windows of rows that slide nor the ends of prompts that were cut belong to the ids returned
+        output_past=(returns_dict or caller_cache) and use_cache and stride is None and whole,
     )
-    return Decoder(plan), config, prompts
+    if given is not None:
+        # the first work of the call: everything has been checked
+        plan.starts = given.starts(model, prompts, plan.do_sample)
+    return plan, config, dataclasses.replace(prompts, given=given)
+
+
+class _PerPrompt(Sequence[int]):
+    """A number for each row, where the rows of a prompt have the same; nothing is made for each of them.
+
+    Args:
+        values: one for each prompt.
+        rows_per_prompt: how often each counts.
+    """
+
+    def __init__(self, values: list[int], rows_per_prompt: int) -> None:
+        self._values = values
+        self._rows_per_prompt = rows_per_prompt
+
+    def __len__(self) -> int:
+        return len(self._values) * self._rows_per_prompt
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._values[row // self._rows_per_prompt]
+
+
+def _check_given(config: GenerationConfig, given: Given, assistant_model: Any) -> None:
+    """Refuse what does not go with a filled cache or with embeddings."""
+    what = "inputs_embeds" if given.embeds is not None else "a filled past_key_values"
+    if config.use_cache is False and given.embeds is None:
+        raise RequestError("use_cache=False computes rows anew from their ids; leave out past_key_values with it")
+    if config.get("context_policy") in LONG_PROMPTS:
+        raise RequestError(f"context_policy={config.context_policy!r} does not go with {what}; shorten the prompt")
+    if config.get("token_healing"):
+        raise RequestError(f"token_healing does not go with {what}; it changes the prompt's ids")
+    speculation = {
+        "assistant_model": assistant_model,
+        "assistant_early_exit": config.assistant_early_exit,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
+    }
+    asked = [name for name, value in speculation.items() if value is not None]
+    if asked and any(given.hidden):
+        raise RequestError(f"{asked[0]} needs the ids of the whole prompt, which {what} does not have; pass them")
+
+
+def _healed(model: Any, prompts: Prompts, tokenizer: Any, config: GenerationConfig) -> Prompts:
+    """The prompts after token healing, laid out anew."""
+    return read_prompts(
+        heal_prompts(executor_for(model), prompts.rows, tokenizer),
+        None,
+        vocab_size=model.config.vocab_size,
+        n_positions=model.config.n_positions,
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=as_list(config.eos_token_id),
+        pad_token_id=config.pad_token_id,
+        device=prompts.device,
+        allow_longer=config.get("context_policy") in LONG_PROMPTS,
+    )
+
+
+def _shifted(config: GenerationConfig, columns: int) -> GenerationConfig:
+    """The settings for processors that do not see the first ``columns`` of a prompt."""
+    shifted = copy.copy(config)
+    shifted.min_length = max(0, config.get("min_length") - columns)
+    return shifted
 
 
 def _callables(name: str, given: Any) -> list[Any]:
@@ -250,8 +445,7 @@ def _seed(config: GenerationConfig) -> int:
     return int(torch.randint(-(2**63), 2**63 - 1, ()))
 
 
-def _warn_of_unreachable_minimum(config: GenerationConfig, prompts: Prompts, limits: list[int]) -> None:
-    columns = prompts.columns.size(1)
+def _warn_of_unreachable_minimum(config: GenerationConfig, prompts: Prompts, limits: list[int], columns: int) -> None:
     minimum = config.get("min_length") - columns if config.min_new_tokens is None else config.min_new_tokens
     most = min(limit - len(row) for limit, row in zip(limits, prompts.rows, strict=True))
     if minimum > most:

@@ -22,12 +22,14 @@ class Prompts:
         columns: [batch, length] int64 on CPU, the prompts as the caller laid them out (a list: left-padded).
         keep: [batch, length] bool on CPU, False at padding; None if there is none.
         device: where the caller expects the result.
+        given: what comes besides the ids, see ``continuation.py``; None: nothing.
     """
 
     rows: list[list[int]]
     columns: Tensor
     keep: Tensor | None
     device: torch.device
+    given: Any = None
 
 
 def read_prompts(
@@ -40,6 +42,7 @@ def read_prompts(
     eos_token_ids: Sequence[int],
     pad_token_id: int | None,
     device: torch.device,
+    allow_longer: bool = False,
 ) -> Prompts:
     """Check the prompts and take the padding out of them.
 
@@ -51,6 +54,7 @@ def read_prompts(
         vocab_size, n_positions: limits of the model.
         bos_token_id, eos_token_ids, pad_token_id: special tokens; ``pad_token_id`` as the caller or checkpoint set it.
         device: of the model; the device of the result unless ``inputs`` is a tensor.
+        allow_longer: prompts of more than ``n_positions`` tokens are accepted.
 
     Raises:
         RequestError: the prompts or the mask are malformed, empty, too long, or hold ids outside the vocabulary.
@@ -81,10 +85,10 @@ def read_prompts(
                 f"prompt {index} holds the token id {bad}, but the vocabulary has ids 0 to {vocab_size - 1}; was the "
                 "text encoded with another model's tokenizer, or padded without an attention_mask?"
             )
-        if len(row) > n_positions:
+        if len(row) > n_positions and not allow_longer:
             raise RequestError(
                 f"prompt {index} has {len(row)} tokens, but the model has n_positions={n_positions}; shorten it, for "
-                "example with the tokenizer's truncation=True"
+                "example with the tokenizer's truncation=True, or set context_policy"
             )
     return prompts
 
@@ -126,7 +130,7 @@ def _from_lists(
 
 
 def _from_tensor(inputs: Any, attention_mask: Any, pad_token_id: int | None, eos_token_ids: Sequence[int]) -> Prompts:
-    ids = _as_tensor("input_ids", inputs)
+    ids = as_tensor("input_ids", inputs)
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise RequestError(f"input_ids is a tensor of {ids.dtype}, expected token ids as torch.int64")
     if ids.dim() != 2:
@@ -147,7 +151,12 @@ def _from_tensor(inputs: Any, attention_mask: Any, pad_token_id: int | None, eos
     return Prompts(rows, columns, keep, ids.device)
 
 
-def _as_tensor(name: str, value: Any) -> Tensor:
+def as_tensor(name: str, value: Any) -> Tensor:
+    """A tensor of whatever torch can make one of.
+
+    Raises:
+        RequestError: of something else.
+    """
     if isinstance(value, Tensor):
         return value
     try:
@@ -156,19 +165,32 @@ def _as_tensor(name: str, value: Any) -> Tensor:
         raise RequestError(f"{name} is a {type(value).__name__}, expected a tensor of integers: {error}") from None
 
 
+def read_mask(attention_mask: Any, *shapes: tuple[int, ...]) -> Tensor:
+    """A caller's mask, on CPU.
+
+    Args:
+        attention_mask: 1 = token, 0 = padding.
+        *shapes: those it may have.
+
+    Raises:
+        RequestError: another shape, or other values.
+    """
+    mask = as_tensor("attention_mask", attention_mask).detach().cpu()
+    if tuple(mask.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        meaning = "the shape of input_ids" + (", or that with the cache before it" if len(shapes) > 1 else "")
+        raise RequestError(f"attention_mask has shape {list(mask.shape)}, expected {wanted}, {meaning}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise RequestError("attention_mask must hold 1 for tokens and 0 for padding, and nothing else")
+    return mask
+
+
 def _kept(
     columns: Tensor, attention_mask: Any, pad_token_id: int | None, eos_token_ids: Sequence[int]
 ) -> Tensor | None:
     """Which columns hold tokens; None if all do."""
     if attention_mask is not None:
-        mask = _as_tensor("attention_mask", attention_mask).detach().cpu()
-        if mask.shape != columns.shape:
-            raise RequestError(
-                f"attention_mask has shape {list(mask.shape)}, expected {list(columns.shape)}, the shape of input_ids"
-            )
-        keep = mask != 0
-        if not bool((keep.to(mask.dtype) == mask).all()):
-            raise RequestError("attention_mask must hold 1 for tokens and 0 for padding, and nothing else")
+        keep = read_mask(attention_mask, tuple(columns.shape)) != 0
         empty = (~keep.any(dim=1)).nonzero().flatten().tolist()
         if empty:
             raise RequestError(f"attention_mask is 0 in all of row {empty[0]}: that prompt would hold no token")
@@ -183,6 +205,6 @@ def _kept(
         warnings.warn(
             f"no attention_mask was given, and pad_token_id={pad_token_id} is an end token too, so padding cannot be "
             "told from text: all ids are taken as text; pass the tokenizer's attention_mask",
-            stacklevel=5,
+            stacklevel=8,
         )
     return None

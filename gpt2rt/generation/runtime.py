@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -114,3 +116,16 @@ def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> 
             runtime.executors[wanted] = runtime.executors.setdefault(executor.name, executor)
         runtime.preferred = wanted
         return runtime.executors[wanted]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -10,6 +10,7 @@ from typing import Any
 from gpt2rt.errors import RequestError
 
 _LONGEST = 2**31 - 1
+_LARGEST_BIAS = 1e30
 
 
 def _is_integer(value: Any) -> bool:
@@ -84,34 +85,144 @@ def _token_sequences(name: str, value: Any) -> None:
         _token_ids(f"each sequence in {name}", item)
 
 
+def _choice(*values: Any) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if not any(type(value) is type(v) and value == v for v in values):
+            raise _refuse(name, value, f"one of {', '.join(map(repr, values))}")
+
+    return check
+
+
+def _decay(name: str, value: Any) -> None:
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    if not pair or not _is_integer(value[0]) or not _is_number(value[1]) or value[0] < 0 or value[1] <= 0:
+        raise _refuse(name, value, "a pair (start, factor) of an integer from 0 on and a number above 0")
+
+
+def _is_bias(value: Any) -> bool:
+    # minus infinity excludes the token; several large ones must not add up to infinity
+    return (_is_number(value) and abs(value) <= _LARGEST_BIAS) or (isinstance(value, float) and value == -math.inf)
+
+
+def bias_items(name: str, value: Any) -> list[tuple[tuple[int, ...], float]]:
+    """The sequences and biases of ``sequence_bias``, in either form.
+
+    Args:
+        name: of the field, for the message.
+        value: ``{(id, ...): bias}`` or ``[[[id, ...], bias], ...]``, which JSON can hold.
+
+    Raises:
+        RequestError: it is neither, or empty, or holds what is no token id, or no number up to 1e30 and not -inf.
+    """
+    rule = (
+        "{(id, ...): number, ...} or [[[id, ...], number], ...] with at least one sequence, none of them empty, and "
+        "numbers up to 1e30 or -inf"
+    )
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list | tuple) and all(isinstance(item, list | tuple) and len(item) == 2 for item in value):
+        items = [(item[0], item[1]) for item in value]
+    else:
+        raise _refuse(name, value, rule)
+    if not items or not all(isinstance(ids, list | tuple) and ids and _is_bias(bias) for ids, bias in items):
+        raise _refuse(name, value, rule)
+    for ids, _ in items:
+        _token_ids(f"each sequence in {name}", ids)
+    return [(tuple(int(token) for token in ids), float(bias)) for ids, bias in items]
+
+
+def _cache_config(name: str, value: Any) -> None:
+    # transformers takes a dict, or in older files an object
+    if not isinstance(value, Mapping) and not hasattr(value, "to_dict"):
+        raise _refuse(name, value, "a dict")
+
+
+def _anything(name: str, value: Any) -> None:
+    """No value is wrong, for none has an effect."""
+
+
+#: names of caches that transformers knows; ``generate`` says which of them it serves
+CACHE_IMPLEMENTATIONS = (
+    "dynamic",
+    "static",
+    "paged",
+    "offloaded",
+    "offloaded_static",
+    "quantized",
+    "sliding_window",
+    "hybrid",
+    "hybrid_chunked",
+    "offloaded_hybrid",
+    "offloaded_hybrid_chunked",
+)
+
 _COUNT = _integer(1, 2**63 - 1)
 _MINIMUM = _integer(0, 2**63 - 1)
 _ABOVE_ZERO = _number("a number above 0", lambda value: value > 0)
+_ANY_NUMBER = _number("a finite number", lambda value: True)
+_SHARE = _number("a number above 0 and at most 1 (1 keeps all tokens)", lambda value: 0 < value <= 1)
+_CUTOFF = _number("a number from 0, which keeps all tokens, to below 1", lambda value: 0 <= value < 1)
 
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
     "max_length": _COUNT,
     "max_new_tokens": _COUNT,
     "min_length": _MINIMUM,
     "min_new_tokens": _MINIMUM,
+    "early_stopping": _choice(True, False, "never"),
+    "context_policy": _choice("stop", "error", "truncate_left", "sliding"),
+    "context_stride": _COUNT,
     "max_time": _number("a number of seconds above 0", lambda value: value > 0),
     "stop_strings": _stop_strings,
     "do_sample": _boolean,
     "num_beams": _integer(1, _LONGEST),
     "num_return_sequences": _integer(1, _LONGEST),
     "use_cache": _boolean,
+    "cache_implementation": _choice(*CACHE_IMPLEMENTATIONS),
+    "cache_config": _cache_config,
+    "max_cache_len": _COUNT,
+    "prefill_chunk_size": _COUNT,
+    "low_memory": _boolean,
+    "compile_config": _anything,
+    "disable_compile": _boolean,
     "seed": _integer(-(2**63), 2**63 - 1),
     "temperature": _number("a number above 0 (for the likeliest token use do_sample=False)", lambda value: value > 0),
     "top_k": _integer(0, _LONGEST, " (0 keeps all tokens)"),
-    "top_p": _number("a number above 0 and at most 1 (1 keeps all tokens)", lambda value: 0 < value <= 1),
+    "top_p": _SHARE,
     "min_p": _number("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "top_h": _SHARE,
+    "typical_p": _SHARE,
+    "epsilon_cutoff": _CUTOFF,
+    "eta_cutoff": _CUTOFF,
     "repetition_penalty": _ABOVE_ZERO,
+    "encoder_repetition_penalty": _ABOVE_ZERO,
+    "length_penalty": _ANY_NUMBER,
     "no_repeat_ngram_size": _integer(0, _LONGEST, " (0 allows all)"),
+    "encoder_no_repeat_ngram_size": _integer(0, _LONGEST, " (0 allows all)"),
     "bad_words_ids": _token_sequences,
+    "renormalize_logits": _boolean,
+    "forced_bos_token_id": _token_id,
+    "forced_eos_token_id": _one_or_more_token_ids,
+    "remove_invalid_values": _boolean,
+    "exponential_decay_length_penalty": _decay,
     "suppress_tokens": _suppressed,
     "begin_suppress_tokens": _suppressed,
+    "sequence_bias": bias_items,
+    "token_healing": _boolean,
+    "guidance_scale": _ANY_NUMBER,
+    "is_assistant": _boolean,
+    "num_assistant_tokens": _integer(1, _LONGEST),
+    "num_assistant_tokens_schedule": _choice("constant", "heuristic", "heuristic_transient"),
+    "assistant_confidence_threshold": _number("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "prompt_lookup_num_tokens": _integer(1, _LONGEST),
+    "max_matching_ngram_size": _integer(1, _LONGEST),
+    "assistant_early_exit": _integer(1, _LONGEST),
+    "assistant_lookbehind": _integer(1, _LONGEST),
+    "target_lookbehind": _integer(1, _LONGEST),
     "return_dict_in_generate": _boolean,
     "output_scores": _boolean,
     "output_logits": _boolean,
+    "output_attentions": _boolean,
+    "output_hidden_states": _boolean,
     "pad_token_id": _token_id,
     "bos_token_id": _token_id,
     "eos_token_id": _one_or_more_token_ids,
@@ -129,8 +240,23 @@ def validate_fields(values: Mapping[str, Any]) -> None:
     """
     for name, value in values.items():
         _CHECKS[name](name, value)
-    several = values.get("num_return_sequences", 1)
-    if several > 1 and not values.get("do_sample", False):
+    several, beams = values.get("num_return_sequences", 1), values.get("num_beams", 1)
+    if several > 1 and beams == 1 and not values.get("do_sample", False):
         raise RequestError(
-            f"num_return_sequences={several} needs do_sample=True: without sampling all continuations are the same"
+            f"num_return_sequences={several} needs do_sample=True or num_beams: Greedy methods (do_sample != True) "
+            "without beam search do not support `num_return_sequences` different than 1"
         )
+    if beams > 1 and several > beams:
+        raise RequestError(
+            f"`num_return_sequences` ({several}) has to be smaller or equal to `num_beams` ({beams}): the best beams "
+            "are returned, and there are no more of them"
+        )
+    suppressed = set(values.get("suppress_tokens", ()))
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = values.get(name, ())
+        forced = {forced} if _is_integer(forced) else set(forced)
+        if forced and forced <= suppressed:
+            raise RequestError(
+                f"suppress_tokens holds all of {name}={sorted(forced)}, so that no token would be left where it is "
+                "forced; take it out of one of the two"
+            )

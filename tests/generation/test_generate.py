@@ -61,6 +61,7 @@ def test_padding_side_does_not_matter(model):
         assert new_tokens(model, ids, attention_mask=mask.bool()) == expected
 
 
+@pytest.mark.proves("G6")
 def test_result_keeps_the_prompts_as_given(model):
     ids = torch.tensor([[7, 8, 0, 0], [9, 10, 11, 12]])
     result = model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=3, eos_token_id=None)
@@ -141,7 +142,7 @@ def test_many_prompts_are_computed_in_several_steps(model, monkeypatch, pools):
 
     monkeypatch.setattr(executor, "step", watched)
     # prompts of 5, 1, 12 and 2 tokens
-    monkeypatch.setattr("gpt2rt.generation.decode._MAX_STEP_TOKENS", 6)
+    monkeypatch.setattr("gpt2rt.generation.starts._MAX_STEP_TOKENS", 6)
     assert new_tokens(model, PROMPTS, do_sample=True, seed=1, num_return_sequences=2) == expected
     assert sizes[:4] == [6, 12, 2, 8]
 
@@ -149,6 +150,7 @@ def test_many_prompts_are_computed_in_several_steps(model, monkeypatch, pools):
 # ---- lengths -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("D9", "fault:F36")
 def test_rows_end_at_the_last_position_with_one_warning(model):
     prompts = [list(range(3, 43)), [5, 6]]
     with pytest.warns(UserWarning, match="room for 9 in the model's n_positions=48") as caught:
@@ -160,16 +162,19 @@ def test_rows_end_at_the_last_position_with_one_warning(model):
     assert (result[0, 49:] == 0).all()
 
 
+@pytest.mark.proves("D9")
 def test_a_full_prompt_still_gets_a_token(model):
     prompt = [[3 + i % 50 for i in range(48)]]
     assert model.generate(prompt, eos_token_id=None).shape == (1, 49)
     assert model.generate(prompt, max_new_tokens=1, eos_token_id=None).shape == (1, 49)
 
 
+@pytest.mark.proves("G5")
 def test_max_time_ends_after_the_token_in_work(model):
     assert model.generate([[5]], max_new_tokens=40, max_time=1e-9, eos_token_id=None).shape == (1, 2)
 
 
+@pytest.mark.proves("G5")
 def test_finish_reasons(byte_model, tokenizer):
     def reasons(prompts=([40, 41], [70]), **settings):
         settings = {"max_new_tokens": 9, "pad_token_id": 0, **settings}
@@ -286,6 +291,7 @@ def test_model_failure_reaches_the_consumer_of_a_stream(make_model, tokenizer):
 # ---- streams -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("G11")
 def test_streamed_text_is_the_decoded_result(byte_model, tokenizer, capsys):
     ids = torch.tensor([[40, 41, 42]])
     streamer = TextIteratorStreamer(tokenizer)
@@ -295,6 +301,7 @@ def test_streamed_text_is_the_decoded_result(byte_model, tokenizer, capsys):
     assert capsys.readouterr().out == tokenizer.decode(result[0, 3:]) + "\n"
 
 
+@pytest.mark.proves("G11")
 def test_a_streamer_gets_every_row(model):
     class Records:
         def __init__(self):
@@ -417,6 +424,7 @@ def test_hooks_are_not_forgotten_silently(make_model):
 # ---- settings ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("G1")
 def test_priority_of_settings(make_model):
     model = make_model()
     model.generation_config = GenerationConfig(max_new_tokens=3, eos_token_id=None, pad_token_id=0)

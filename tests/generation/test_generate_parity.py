@@ -1,5 +1,6 @@
 """``generate`` against transformers on the same weights."""
 
+import inspect
 import warnings
 
 import pytest
@@ -64,6 +65,7 @@ def quietly(generate, *args, **kwargs):
         return generate(*args, **kwargs)
 
 
+@pytest.mark.proves("G2", "G3", "G4", "G5")
 @pytest.mark.parametrize(("name", "setting"), CASES)
 def test_greedy_tokens_are_equal(pairs, prompts, name, setting):
     ours, theirs = pairs[name]
@@ -75,6 +77,7 @@ def test_greedy_tokens_are_equal(pairs, prompts, name, setting):
         assert torch.equal(quietly(ours.generate, ids, attention_mask=mask, **SETTINGS[setting]), expected), executor
 
 
+@pytest.mark.proves("G8")
 def test_mask_is_inferred_from_the_pad_token(pair, prompts):
     ours, theirs = pair
     ids, mask = prompts
@@ -91,11 +94,13 @@ def test_padding_inside_a_row_is_dropped_as_transformers_hides_it(pair, prompts)
     assert torch.equal(ours.generate(ids, attention_mask=mask, max_new_tokens=8), expected)
 
 
+@pytest.mark.proves("G9")
 def test_no_prompt_starts_from_bos(pair):
     ours, theirs = pair
     assert torch.equal(ours.generate(max_new_tokens=6), quietly(theirs.generate, max_new_tokens=6))
 
 
+@pytest.mark.proves("G5")
 def test_stop_strings(byte_model, tokenizer, hf, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     their_tokenizer = hf.module.AutoTokenizer.from_pretrained(tmp_path)
@@ -113,6 +118,7 @@ def test_stop_strings(byte_model, tokenizer, hf, tmp_path):
     assert torch.equal(byte_model.generate(ids, tokenizer=their_tokenizer, **settings), expected)
 
 
+@pytest.mark.proves("G6")
 def test_scores_and_logits(pair, prompts):
     ours, theirs = pair
     ids, mask = prompts
@@ -129,12 +135,13 @@ def test_scores_and_logits(pair, prompts):
     assert torch.equal(mine.sequences, other.sequences)
     for name in ("scores", "logits"):
         torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=2e-4)
-    assert mine.keys() == ["sequences", "scores", "logits"]
+    assert mine.keys() == list(other.keys()) == ["sequences", "scores", "logits", "past_key_values"]
     assert torch.equal(mine[0], mine.sequences)
     assert "attentions" not in mine
-    assert len(mine.to_tuple()) == 3
+    assert len(mine.to_tuple()) == 4
 
 
+@pytest.mark.proves("G3", "G5")
 def test_callers_processors_and_criteria_of_both_libraries(pair, prompts, hf):
     ours, theirs = pair
     ids, mask = prompts
@@ -162,6 +169,32 @@ def test_callers_processors_and_criteria_of_both_libraries(pair, prompts, hf):
     assert torch.equal(ours.generate(ids, **settings), quietly(theirs.generate, ids, **settings))
 
 
+@pytest.mark.proves("G7")
+def test_signatures_are_equal(pair):
+    ours, theirs = pair
+    for name in ("generate", "compute_transition_scores"):
+        mine, other = (inspect.signature(getattr(model, name)).parameters for model in (ours, theirs))
+        assert list(mine) == list(other)
+        assert [parameter.default for parameter in mine.values()] == [p.default for p in other.values()]
+
+
+@pytest.mark.proves("G7")
+def test_warnings_point_at_the_call(pair):
+    ours, _ = pair
+    calls = [
+        ({"temperature": 0.5}, "temperature only matter"),
+        ({"output_scores": True}, "output_scores only matter"),
+        ({"max_new_tokens": 500}, "rows end there"),
+        ({"max_cache_len": 5}, "max_cache_len only matters"),
+        ({"eos_token_id": 5, "pad_token_id": 5}, "pass the tokenizer's attention_mask"),
+    ]
+    for settings, message in calls:
+        with pytest.warns(UserWarning, match=message) as caught:
+            ours.generate(torch.tensor([[5, 6], [7, 8]]), **{"max_new_tokens": 1, **settings})
+        assert caught[0].filename == __file__
+
+
+@pytest.mark.proves("G11")
 def test_transformers_generation_config_and_streamer(pair, tokenizer, hf, capsys):
     ours, _ = pair
     config = hf.module.GenerationConfig(max_new_tokens=6, eos_token_id=None)

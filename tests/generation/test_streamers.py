@@ -27,6 +27,7 @@ def feed(streamer, prompt, ids):
     streamer.end()
 
 
+@pytest.mark.proves("G11")
 @pytest.mark.parametrize("skip_prompt", [False, True])
 @pytest.mark.parametrize("text", ["plain words the stop", "é and 日本 and 🤗🏽", "a\nb\n\n"])
 def test_pieces_are_whole_characters_and_add_up(skip_prompt, text, tokenizer):
@@ -86,6 +87,7 @@ def test_base_class_needs_its_methods():
         BaseStreamer().abort(ValueError())
 
 
+@pytest.mark.proves("G11")
 def test_iterator_yields_in_another_thread(tokenizer):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
     ids = tokenizer.encode("the stop é")
@@ -107,6 +109,7 @@ def test_iterator_times_out_and_passes_errors_on(tokenizer):
         list(streamer)
 
 
+@pytest.mark.proves("G11")
 def test_async_iterator(tokenizer):
     async def consume(fail):
         streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
@@ -130,3 +133,21 @@ def test_async_iterator(tokenizer):
 
     with pytest.raises(TimeoutError):
         asyncio.run(wait())
+
+
+@pytest.mark.proves("G11")
+@pytest.mark.parametrize("skip_prompt", [False, True])
+def test_the_same_text_as_transformers(skip_prompt, tokenizer, byte_model, hf, capsys):
+    """Ours and theirs, each inside both libraries' generate."""
+    theirs = hf.copy_of(byte_model)
+    ids = torch.tensor([tokenizer.encode("the stop ")])
+    printed = []
+    for where in byte_model, theirs:
+        for module in hf.module, None:
+            streamer = (TextStreamer if module is None else module.TextStreamer)(tokenizer, skip_prompt=skip_prompt)
+            where.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, streamer=streamer, pad_token_id=0
+            )
+            printed.append(capsys.readouterr().out)
+    assert printed == printed[:1] * 4
+    assert len(printed[0]) > 5
