@@ -130,8 +130,10 @@ def check_install() -> Report:
     Raises:
         CheckpointError: the embedded model or its record is missing or damaged.
     """
-    from gpt2rt import GPT2LMHeadModel, GPT2Tokenizer, ops
+    from gpt2rt import ops
     from gpt2rt.checkpoint.json_files import read_json_object
+    from gpt2rt.models.auto import AutoModelForCausalLM
+    from gpt2rt.tokenizers import AutoTokenizer
 
     start = time.perf_counter()
     folder = _embedded_folder()
@@ -144,10 +146,10 @@ def check_install() -> Report:
         report.note("C++ extension", f"not loaded, so everything runs on plain torch: {status.reason}")
     digest = _weights_digest(folder)
     report.add("embedded weights", digest == record["weights_sha256"], f"sha256 {digest[:12]}")
-    tokenizer = GPT2Tokenizer.from_pretrained(EMBEDDED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     wrong = [case["prompt"] for case in record["cases"] if tokenizer.encode(case["prompt"]) != case["input_ids"]]
     report.add("tokenizer", not wrong, f"differs on {wrong[0]!r}" if wrong else f"{len(record['cases'])} texts")
-    model = GPT2LMHeadModel.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
     for name in ("cpu", "eager") if status.loaded else ("eager",):
         model.generation_executor(name)
         _check_executor(report, model, name, record["cases"])
@@ -213,7 +215,9 @@ def record(folder: str | os.PathLike[str] | None = None) -> Path:
     place = Path(folder) if folder is not None else _embedded_folder()
     with _quiet_transformers():
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        model = transformers.GPT2LMHeadModel.from_pretrained(place, dtype=torch.float32, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, attn_implementation="eager"
+        )
     model.eval()
     cases = []
     for prompt in _PROMPTS:
@@ -297,22 +301,25 @@ def compare(model: str, *, local_files_only: bool = False) -> Report:
         ImportError: transformers is not installed.
         OSError: one of the two cannot load the checkpoint.
     """
-    from gpt2rt import GPT2LMHeadModel, GPT2Tokenizer
+    from gpt2rt.checkpoint.resolve import Source
+    from gpt2rt.models.auto import AutoModelForCausalLM
+    from gpt2rt.tokenizers import AutoTokenizer
 
     transformers = _transformers()
     start = time.perf_counter()
     report = Report(model)
     # transformers does not know the ids of embedded models
-    place = str(_embedded_folder()) if model == EMBEDDED_MODEL else model
+    folder = Source(model, local_files_only=local_files_only).folder
+    place = model if folder is None else str(folder)
     options: dict[str, Any] = {"local_files_only": local_files_only}
-    ours = GPT2LMHeadModel.from_pretrained(model, dtype=torch.float32, **options)
+    ours = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
     with _quiet_transformers():
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, attn_implementation="eager", **options
         ).eval()
     ids = _sample_ids(ours.config)
     try:
-        tokenizer = GPT2Tokenizer.from_pretrained(model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
     except (OSError, ValueError) as error:
         report.note("tokenizer", f"not compared: {error}")
     else:
@@ -338,7 +345,8 @@ def _compare_tokenizers(report: Report, ours: Any, theirs: Any) -> None:
     wrong = [
         text
         for text in _STRINGS
-        if ours.decode(theirs.encode(text)) != theirs.decode(theirs.encode(text), clean_up_tokenization_spaces=False)
+        if ours.decode(theirs.encode(text), clean_up_tokenization_spaces=False)
+        != theirs.decode(theirs.encode(text), clean_up_tokenization_spaces=False)
     ]
     report.add("tokenizer: decode", not wrong, f"differs on {wrong[0]!r}" if wrong else f"{len(_STRINGS)} texts equal")
 
@@ -351,7 +359,8 @@ def _compare_forward(report: Report, ours: Any, theirs: Any, ids: Tensor) -> Non
     layers = list(zip(mine.hidden_states, other.hidden_states, strict=True))
     for index, (state, reference) in enumerate(layers):
         name = "embedding" if index == 0 else f"block {index}"
-        if index == len(layers) - 1:
+        if index == len(layers) - 1 and ours.config.model_type == "gpt2":
+            # OpenAI GPT has its norms inside the blocks
             name += " + final norm"
         _add_error(report, f"hidden states: {name}", state, reference, HIDDEN_TOLERANCE)
     _add_error(report, "logits: forward", mine.logits, other.logits, LOGIT_TOLERANCE)

@@ -6,7 +6,15 @@ import shutil
 import pytest
 import torch
 
-from gpt2rt import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, doctor
+from gpt2rt import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    OpenAIGPTTokenizer,
+    doctor,
+)
 from gpt2rt.tokenizers.bytelevel import byte_to_char
 
 
@@ -123,11 +131,25 @@ def test_compare_agrees_with_transformers(checkpoint):
     assert set(names.values()) == {"ok"}
 
 
+@pytest.mark.proves("O1", "T11")
+def test_compare_runs_openai_gpt(test_data, tmp_path):
+    """Model and tokenizer classes follow the files."""
+    tokenizer = OpenAIGPTTokenizer.from_pretrained(test_data / "openai-gpt")
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
+    OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path)
+    report = doctor.compare(str(tmp_path))
+    assert report.ok, report
+    names = statuses(report)
+    assert {"tokenizer: encode", "hidden states: block 2", "logits: generate (cpu)", "greedy tokens"} <= names.keys()
+
+
 def test_compare_finds_a_wrong_layer(checkpoint, monkeypatch):
     from gpt2rt.models import gpt2_blocks
 
     forward = gpt2_blocks.GPT2MLP.forward
-    monkeypatch.setattr(gpt2_blocks.GPT2MLP, "forward", lambda self, x: forward(self, x) * 1.01)
+    monkeypatch.setattr(gpt2_blocks.GPT2MLP, "forward", lambda self, *inputs: forward(self, *inputs) * 1.01)
     report = doctor.compare(str(checkpoint))
     assert not report.ok
     wrong = {name for name, status in statuses(report).items() if status == "mismatch"}

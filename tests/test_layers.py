@@ -105,6 +105,7 @@ def import_cost():
     return json.loads(result.stdout)
 
 
+@pytest.mark.proves("D11")
 def test_import_gpt2rt_needs_torch_only():
     cost = import_cost()
     heavy = ("triton", "transformers", "fastapi", "tokenizers", "safetensors", "huggingface_hub", "typer", "rich")

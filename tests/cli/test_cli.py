@@ -7,64 +7,19 @@ import re
 import signal
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 
-from gpt2rt import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, cli
-from gpt2rt.tokenizers.bytelevel import byte_to_char
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small only lose time with more threads, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random model over bytes: its text is every kind of broken UTF-8."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    vocab = {char: byte for byte, char in byte_to_char().items()} | {"<|endoftext|>": 256}
-    GPT2Tokenizer(vocab, [], eos_token="<|endoftext|>", model_max_length=64).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=257, n_positions=64, n_embd=48, n_layer=2, n_head=3, bos_token_id=256)
-    config.eos_token_id = 256
-    model = GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(10.0)
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    threads = torch.get_num_threads()
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    yield run
-    torch.set_num_threads(threads)
-
-
-def one_sentence(err):
-    """The message, if stderr holds exactly one error and no traceback."""
-    lines = err.strip().splitlines()
-    assert len(lines) == 1, err
-    assert lines[0].startswith("gpt2rt: error: ")
-    return lines[0]
-
+from gpt2rt import (
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    OpenAIGPTTokenizer,
+)
+from gpt2rt.cli import generate
 
 # ---- generate ------------------------------------------------------------------------------------------------------
 
@@ -135,14 +90,14 @@ def test_stop_text_is_not_shown(run, checkpoint):
 
 def test_pieces_are_flushed_as_they_come(checkpoint, run, monkeypatch):
     written = []
-    monkeypatch.setattr(cli, "_write", written.append)
+    monkeypatch.setattr(generate, "_write", written.append)
     run("generate", "ab", "-m", checkpoint, "-n", 30, "--greedy")
     assert written[0] == "ab"
     assert written[-1] == "\n"
     assert len(written) > 10
 
 
-def test_prompt_from_stdin(run, checkpoint, monkeypatch, tmp_path):
+def test_prompt_from_stdin(run, checkpoint, monkeypatch, tmp_path, one_sentence):
     def stdin(data):
         (tmp_path / "in").write_bytes(data)
         monkeypatch.setattr(sys, "stdin", (tmp_path / "in").open(encoding="utf-8"))
@@ -180,21 +135,29 @@ def test_prompt_from_stdin(run, checkpoint, monkeypatch, tmp_path):
         (("generate", "x", "--seed", str(2**63)), "seed must be"),
         (("generate", "x", "--stop", ""), "stop_strings must be"),
         (("generate", "x", "--dtype", "float8"), "--dtype must be one of float32, bfloat16, float16, auto"),
-        (("generate", "x", "--device", "moon"), "--device must be cpu, cuda or cuda:N, got 'moon'"),
+        (
+            ("generate", "x", "--device", "moon"),
+            "--device must be cpu, cuda, cuda:N, or a number \\(-1 for cpu\\), got 'moon'",
+        ),
         (("generate", "x", "--threads", "0"), "--threads must be at least 1"),
         (("generate", "x", "--executor", "fast"), "--executor must be one of"),
+        (("generate", "x", "--num-beams", "0"), "num_beams must be an integer from 1"),
+        (("generate", "x", "--context-policy", "hope"), "context_policy must be"),
+        (("generate", "x", "--set", "frob=1"), "frob"),
+        (("generate", "x", "--set", "penalty_alpha=0.6"), "penalty_alpha"),
+        (("generate", "x", "--set", "=1"), "--set takes NAME=VALUE"),
         (("env", "--frob"), "see gpt2rt env --help"),
         (("doctor", "a", "b"), "unexpected extra argument"),
     ],
 )
-def test_wrong_usage(run, arguments, message):
+def test_wrong_usage(run, arguments, message, one_sentence):
     code, out, err = run(*arguments)
     assert code == 2
     assert out == ""
     assert re.search(message, one_sentence(err), re.IGNORECASE)
 
 
-def test_missing_and_damaged_models(run, checkpoint, tmp_path):
+def test_missing_and_damaged_models(run, checkpoint, tmp_path, one_sentence):
     code, out, err = run("generate", "x", "-m", tmp_path / "nothing")
     assert (code, out) == (1, "")
     assert "nothing' does not exist" in one_sentence(err)
@@ -209,7 +172,7 @@ def test_missing_and_damaged_models(run, checkpoint, tmp_path):
     assert "model.safetensors" in one_sentence(err)
 
 
-def test_prompt_longer_than_the_context(run, checkpoint):
+def test_prompt_longer_than_the_context(run, checkpoint, one_sentence):
     code, out, err = run("generate", "x" * 65, "-m", checkpoint)
     assert (code, out) == (1, "")
     assert "prompt 0 has 65 tokens, but the model has n_positions=64" in one_sentence(err)
@@ -222,7 +185,7 @@ def test_end_of_the_context_is_a_warning(run, checkpoint):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_device_that_is_not_there(run, checkpoint):
+def test_device_that_is_not_there(run, checkpoint, one_sentence):
     code, _, err = run("generate", "x", "-m", checkpoint, "--device", "cuda")
     assert code == 1
     assert "sees no CUDA device" in one_sentence(err)
@@ -235,15 +198,83 @@ def test_debug_shows_the_traceback(run, tmp_path, monkeypatch):
     assert "Traceback" in err
 
 
-def test_interrupt(run, checkpoint, monkeypatch):
+def test_interrupt(run, checkpoint, monkeypatch, one_sentence):
     def write(text):
         if text != "ab":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_write", write)
+    monkeypatch.setattr(generate, "_write", write)
     code, _, err = run("generate", "ab", "-m", checkpoint, "-n", 9)
     assert code == 130
     one_sentence(err)
+
+
+def test_beams(run, checkpoint):
+    code, out, err = run("generate", "ROMEO:", "-m", checkpoint, "--greedy", "-n", 12, "--num-beams", 3)
+    assert (code, err) == (0, "")
+    tokenizer, model = GPT2Tokenizer.from_pretrained(checkpoint), GPT2LMHeadModel.from_pretrained(checkpoint)
+    ids = model.generate(**tokenizer("ROMEO:", return_tensors="pt"), max_new_tokens=12, num_beams=3)
+    assert out == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+    result = json.loads(
+        run("generate", "ROMEO:", "-m", checkpoint, "-n", 12, "--num-beams", 3, "--seed", 1, "--json")[1]
+    )
+    assert result["new_tokens"] == 12
+
+
+def test_any_field_can_be_set(run, checkpoint):
+    arguments = ("generate", "aaaa", "-m", checkpoint, "--greedy", "-n", 20, "--json")
+    plain = json.loads(run(*arguments)[1])["text"]
+    stop = next(c for c in plain if c.isascii())
+    banned = GPT2Tokenizer.from_pretrained(checkpoint).encode(stop)
+    result = json.loads(run(*arguments, "--set", f"suppress_tokens={banned}", "--set", "max-new-tokens=18")[1])
+    assert result["new_tokens"] == 18
+    assert stop not in result["text"]
+    assert json.loads(run(*arguments, "--set", f"stop_strings={stop}")[1])["text"] == plain[: plain.index(stop)]
+
+
+def test_drafts_do_not_change_the_text(run, checkpoint):
+    arguments = ("generate", "abab", "-m", checkpoint, "-n", 20, "--seed", 5)
+    plain = run(*arguments)[1]
+    assert run(*arguments, "--assistant-model", checkpoint)[1] == plain
+    assert run(*arguments, "--prompt-lookup", 3)[1] == plain
+
+
+def test_context_policy(run, checkpoint, one_sentence):
+    arguments = ("generate", "x" * 60, "-m", checkpoint, "--greedy", "-n", 20)
+    code, _, err = run(*arguments, "--context-policy", "error")
+    assert code == 1
+    assert "n_positions=64" in one_sentence(err)
+    code, out, err = run(*arguments, "--context-policy", "sliding", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["new_tokens"] == 20
+
+
+def test_another_tokenizer(run, checkpoint, tmp_path, one_sentence):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((pathlib.Path(checkpoint) / name).read_bytes())
+    arguments = ("generate", "ab", "-m", tmp_path, "--greedy", "-n", 4)
+    code, _, err = run(*arguments)
+    assert code == 1
+    assert "tokenizer" in one_sentence(err)
+    code, out, _ = run(*arguments, "--tokenizer", checkpoint)
+    assert (code, out) == (0, run("generate", "ab", "-m", checkpoint, "--greedy", "-n", 4)[1])
+
+
+def test_openai_gpt(run, test_data, tmp_path):
+    OpenAIGPTTokenizer.from_pretrained(test_data / "openai-gpt").save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
+    model = OpenAIGPTLMHeadModel(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    code, out, err = run("generate", "the rain", "-m", tmp_path, "--greedy", "-n", 6)
+    assert (code, err) == (0, "")
+    prompt = tokenizer("the rain", return_tensors="pt")["input_ids"]
+    ids = model.generate(prompt, max_new_tokens=6)[0]
+    assert "".join(out.split()) == "".join(tokenizer.decode(ids).split())
+    code, out, _ = run("generate", "the rain", "-m", tmp_path, "-n", 6, "--seed", 3, "--json")
+    assert code == 0
+    assert json.loads(out)["executor"] == "cpu"
 
 
 # ---- as a program --------------------------------------------------------------------------------------------------
@@ -269,17 +300,18 @@ def test_reader_that_goes_away(checkpoint):
 WAITS = """
 import time
 from gpt2rt import cli
+from gpt2rt.cli import generate
 
 def wait(prompt):
     print("ready", flush=True)
     time.sleep(60)
 
-cli._read_prompt = wait
+generate._read_prompt = wait
 cli.main(["generate", "x"])
 """
 
 
-def test_ctrl_c():
+def test_ctrl_c(one_sentence):
     with program("-c", WAITS) as process:
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGINT)
@@ -337,14 +369,14 @@ def test_doctor_exit_code_follows_the_report(run, monkeypatch):
     }
 
 
-def test_doctor_without_transformers(run, checkpoint, monkeypatch):
+def test_doctor_without_transformers(run, checkpoint, monkeypatch, one_sentence):
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, _, err = run("doctor", checkpoint)
     assert code == 1
     assert "pip install transformers" in one_sentence(err)
 
 
-@pytest.mark.parametrize("verb", ["generate", "env", "doctor"])
+@pytest.mark.parametrize("verb", ["generate", "run", "score", "env", "doctor"])
 def test_help_has_an_example(run, verb):
     code, out, _ = run(verb, "--help")
     assert code == 0

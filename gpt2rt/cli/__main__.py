@@ -1,0 +1,5 @@
+"""``python -m gpt2rt.cli``."""
+
+from .main import main
+
+main()

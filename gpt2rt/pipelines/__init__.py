@@ -1,0 +1,23 @@
+"""Pipelines: from texts to results in one call, with transformers' names, keywords and results."""
+
+from .base import Feature, Pipeline
+from .factory import pipeline, supported_tasks
+from .feature_extraction import FeatureExtractionPipeline
+from .question_answering import QuestionAnsweringPipeline
+from .text_classification import TextClassificationPipeline, ZeroShotClassificationPipeline
+from .text_generation import TextGenerationPipeline
+from .token_classification import NerPipeline, TokenClassificationPipeline
+
+__all__ = [
+    "Feature",
+    "FeatureExtractionPipeline",
+    "NerPipeline",
+    "Pipeline",
+    "QuestionAnsweringPipeline",
+    "TextClassificationPipeline",
+    "TextGenerationPipeline",
+    "TokenClassificationPipeline",
+    "ZeroShotClassificationPipeline",
+    "pipeline",
+    "supported_tasks",
+]
