@@ -1,11 +1,12 @@
-"""Train the embedded model ``gpt2rt/tiny-gpt2`` from scratch, with gpt2rt's own classes.
+"""Train the embedded models ``gpt2rt/tiny-gpt2`` and ``gpt2rt/tiny-gpt1`` from scratch, with gpt2rt's own classes.
 
     python examples/train_tiny.py --text tinyshakespeare.txt --output gpt2rt/assets/tiny-gpt2
+    python examples/train_tiny.py --text tinyshakespeare.txt --output gpt2rt/assets/tiny-gpt1 --model-type openai-gpt
 
-The first 90 % of the text trains a byte-level BPE vocabulary and a GPT-2; the last 10 % is only ever evaluated. The
-folder then holds everything that ``from_pretrained`` reads and a model card with the held-out loss; afterwards
+The first 90 % of the text trains a BPE vocabulary and a model; the last 10 % is only ever evaluated. The folder then
+holds everything that ``from_pretrained`` reads and a model card with the held-out loss; afterwards
 ``python -m gpt2rt.doctor`` records the answers that ``gpt2rt doctor`` compares with. The two runs behind the shipped
-model took 51 and 17 minutes on two CPU cores, the first while other work ran beside it.
+GPT-2 took 51 and 17 minutes on two CPU cores, the first while other work ran beside it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,30 @@ import time
 
 import torch
 
-from gpt2rt import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+from gpt2rt import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    OpenAIGPTTokenizer,
+)
+
+Model = GPT2LMHeadModel | OpenAIGPTLMHeadModel
+Tokenizer = GPT2Tokenizer | OpenAIGPTTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+#: what the card calls the model, and its vocabulary
+KINDS = {
+    "gpt2": ("GPT-2", "byte-level BPE vocabulary"),
+    "openai-gpt": ("OpenAI GPT", "lower-case BPE vocabulary"),
+}
+
+
+def end_token(tokenizer: Tokenizer) -> int | None:
+    """The id of the end-of-text token; OpenAI GPT has none."""
+    return tokenizer.convert_tokens_to_ids(END_OF_TEXT) if isinstance(tokenizer, GPT2Tokenizer) else None
 
 
 def load_text(path: pathlib.Path) -> tuple[str, str]:
@@ -31,14 +53,15 @@ def load_text(path: pathlib.Path) -> tuple[str, str]:
 
 
 class Windows:
-    """Random training windows of ``length + 1`` tokens; one in ten starts a speech, after the end-of-text token.
+    """Random training windows of ``length`` tokens; one in ten starts a speech, after the end-of-text token if any.
 
     That token stands before a beginning and is never a target, so the model knows how to begin from nothing.
     """
 
-    def __init__(self, tokenizer: GPT2Tokenizer, text: str, length: int, seed: int):
+    def __init__(self, tokenizer: Tokenizer, text: str, length: int, seed: int):
         self.length = length
-        self.start_id = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+        end_id = end_token(tokenizer)
+        self.start = torch.tensor([] if end_id is None else [end_id], dtype=torch.int64)
         ids: list[int] = []
         speeches: list[int] = []
         for speech in text.split("\n\n"):
@@ -54,7 +77,7 @@ class Windows:
         for _ in range(size):
             if torch.rand((), generator=self.generator) < 0.1:
                 start = int(self.speeches[torch.randint(len(self.speeches), (), generator=self.generator)])
-                rows.append(torch.cat([torch.tensor([self.start_id]), self.ids[start : start + self.length - 1]]))
+                rows.append(torch.cat([self.start, self.ids[start : start + self.length - len(self.start)]]))
             else:
                 start = int(torch.randint(len(self.ids) - self.length, (), generator=self.generator))
                 rows.append(self.ids[start : start + self.length])
@@ -62,7 +85,7 @@ class Windows:
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, text: str) -> tuple[float, float]:
+def held_out_loss(model: Model, tokenizer: Tokenizer, text: str) -> tuple[float, float]:
     """Mean loss over the text in windows that overlap by half, each token scored once with at least half a window of
     context: (nats a token, bits a byte)."""
     ids = torch.tensor(tokenizer.encode(text))
@@ -80,14 +103,14 @@ def held_out_loss(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, text: str) -
     return nats, total / math.log(2) / len(text.encode("utf-8")) * (len(ids) - 1) / count
 
 
-def parameter_groups(model: GPT2LMHeadModel, weight_decay: float) -> list[dict]:
+def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
     """Weight decay on matrices only (Radford et al. 2018, section 4.1)."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def train(model: GPT2LMHeadModel, windows: Windows, arguments: argparse.Namespace) -> None:
+def train(model: Model, windows: Windows, arguments: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=arguments.learning_rate, betas=(0.9, 0.98))
     warmup = max(1, arguments.steps // 20)
 
@@ -102,7 +125,7 @@ def train(model: GPT2LMHeadModel, windows: Windows, arguments: argparse.Namespac
     for step in range(1, arguments.steps + 1):
         ids = windows.batch(arguments.batch_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-            loss = model(ids, labels=ids, use_cache=False).loss
+            loss = model(ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -122,15 +145,15 @@ library_name: gpt2rt
 pipeline_tag: text-generation
 ---
 
-# gpt2rt/tiny-gpt2
+# gpt2rt/{name}
 
-A GPT-2 of {parameters:.2f} M parameters that writes lines which look like Shakespeare's plays. It ships inside
-gpt2rt so that everything can be tried and tested with no network; it knows nothing and is good for nothing else.
+Kind: {kind}, {parameters:.2f} M parameters. It writes what looks like Shakespeare's plays. It ships inside gpt2rt so
+that everything can be tried and tested with no network; it knows nothing and is good for nothing else.
 
 | | |
 | --- | --- |
 | shape | {n_layer} layers, n_embd {n_embd}, {n_head} heads, {n_positions} positions, \
-byte-level BPE vocabulary of {vocab_size} |
+{vocabulary} of {vocab_size} |
 | weights | float16 safetensors; trained with {precision} |
 | text | "tiny Shakespeare" (public domain), {text_bytes} bytes, SHA-256 `{text_hash}` |
 | trained on | its first 90 %: {train_tokens} tokens; from {start}, \
@@ -143,7 +166,7 @@ on the last 10 %, never trained on |
 The held-out loss is of the float16 weights as shipped: each token is scored once, with at least half a window of
 context. It was looked at while the recipe was chosen, so it is slightly optimistic.
 
-To make it again:
+To make one like it:
 
 {recipe}
 
@@ -169,19 +192,19 @@ def recipe(arguments: argparse.Namespace) -> list[str]:
 
 
 def publish(
-    model: GPT2LMHeadModel,
-    tokenizer: GPT2Tokenizer,
+    model: Model,
+    tokenizer: Tokenizer,
     held_out: str,
     train_tokens: int,
     minutes: float,
     arguments: argparse.Namespace,
 ) -> None:
     """Write weights, tokenizer, configs and model card, and show two samples."""
-    end_id = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    end_id = end_token(tokenizer)
     model.generation_config = GenerationConfig(bos_token_id=end_id, eos_token_id=end_id, pad_token_id=end_id)
     model.half().save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
-    shipped = GPT2LMHeadModel.from_pretrained(arguments.output)
+    shipped = type(model).from_pretrained(arguments.output)
     nats, bits = held_out_loss(shipped, tokenizer, held_out)
     print(f"held out: {nats:.4f} nats a token, {bits:.4f} bits a byte")
     card = CARD.format(
@@ -197,6 +220,9 @@ def publish(
         precision="bfloat16 autocast over float32 weights" if arguments.bf16 else "float32",
         start="the weights of an earlier run (below)" if arguments.init else "random weights",
         recipe="\n".join(recipe(arguments)),
+        name=arguments.output.name,
+        kind=KINDS[arguments.model_type][0],
+        vocabulary=KINDS[arguments.model_type][1],
         **{**vars(arguments), "vocab_size": len(tokenizer)},
     )
     (arguments.output / "README.md").write_text(card, encoding="utf-8")
@@ -211,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=pathlib.Path, required=True, help="the text, UTF-8")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder to write")
+    parser.add_argument("--model-type", choices=KINDS, default="gpt2")
     parser.add_argument("--init", type=pathlib.Path, help="go on from this folder's weights instead of random ones")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -227,25 +254,33 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     train_text, held_out = load_text(arguments.text)
-    tokenizer = GPT2Tokenizer.train_from_iterator([train_text], arguments.vocab_size, special_tokens=(END_OF_TEXT,))
-    tokenizer.model_max_length = arguments.n_positions
-    end_id = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=arguments.n_positions,
-        n_embd=arguments.n_embd,
-        n_layer=arguments.n_layer,
-        n_head=arguments.n_head,
-        resid_pdrop=arguments.dropout,
-        embd_pdrop=arguments.dropout,
-        attn_pdrop=0.0,
-        bos_token_id=end_id,
-        eos_token_id=end_id,
-    )
-    if arguments.init:
-        model = GPT2LMHeadModel.from_pretrained(arguments.init, dtype=torch.float32)
+    tokenizer: Tokenizer
+    if arguments.model_type == "gpt2":
+        tokenizer = GPT2Tokenizer.train_from_iterator([train_text], arguments.vocab_size, special_tokens=(END_OF_TEXT,))
     else:
-        model = GPT2LMHeadModel(config)
+        tokenizer = OpenAIGPTTokenizer.train_from_iterator([train_text], arguments.vocab_size)
+    tokenizer.model_max_length = arguments.n_positions
+    end_id = end_token(tokenizer)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "n_positions": arguments.n_positions,
+        "n_embd": arguments.n_embd,
+        "n_layer": arguments.n_layer,
+        "n_head": arguments.n_head,
+        "resid_pdrop": arguments.dropout,
+        "embd_pdrop": arguments.dropout,
+        "attn_pdrop": 0.0,
+    }
+    model: Model
+    model_class = GPT2LMHeadModel if arguments.model_type == "gpt2" else OpenAIGPTLMHeadModel
+    if arguments.init:
+        model = model_class.from_pretrained(
+            arguments.init, dtype=torch.float32, resid_pdrop=arguments.dropout, embd_pdrop=arguments.dropout
+        )
+    elif arguments.model_type == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=end_id, eos_token_id=end_id))
+    else:
+        model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**shape))
     windows = Windows(tokenizer, train_text, arguments.n_positions, arguments.seed)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(windows.ids)} training tokens", flush=True)
     started = time.perf_counter()

@@ -4,19 +4,22 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from gpt2rt import GPT2LMHeadModel, GPT2Tokenizer
+import gpt2rt
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def test_train_tiny_makes_a_checkpoint_that_generates(tmp_path):
+@pytest.mark.parametrize("model_type", ["gpt2", "openai-gpt"])
+def test_train_tiny_makes_a_checkpoint_that_generates(tmp_path, model_type):
     lines = [f"SPEAKER {i % 7}:\nWords, words and more words, number {i}.\n\n" for i in range(400)]
     (tmp_path / "text.txt").write_text("".join(lines), encoding="utf-8")
     small = dict(steps=3, batch_size=2, vocab_size=300, n_layer=1, n_embd=16, n_head=2, n_positions=128)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
     command = [sys.executable, ROOT / "examples" / "train_tiny.py", "--text", tmp_path / "text.txt"]
+    command += ["--model-type", model_type]
     for stage in ([], ["--init", tmp_path / "out"]):
         result = subprocess.run(
             [*command, "--output", tmp_path / "out", *flags, *stage], capture_output=True, text=True
@@ -28,8 +31,9 @@ def test_train_tiny_makes_a_checkpoint_that_generates(tmp_path):
     # the second run went on from the first, and its card has the commands of both
     assert card.count("python examples/train_tiny.py") == 2
     assert "the weights of an earlier run" in card
-    model = GPT2LMHeadModel.from_pretrained(tmp_path / "out", dtype="auto")
-    tokenizer = GPT2Tokenizer.from_pretrained(tmp_path / "out")
+    prefix = {"gpt2": "GPT2", "openai-gpt": "OpenAIGPT"}[model_type]
+    model = getattr(gpt2rt, f"{prefix}LMHeadModel").from_pretrained(tmp_path / "out", dtype="auto")
+    tokenizer = getattr(gpt2rt, f"{prefix}Tokenizer").from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float16
     assert model.config.vocab_size == len(tokenizer)
     ids = tokenizer("SPEAKER 1:", return_tensors="pt")
