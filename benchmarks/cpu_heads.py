@@ -22,7 +22,7 @@ import pathlib
 import statistics
 import time
 
-from common import RESULTS, describe, summary, write_json
+from common import describe, summary, write_json
 
 SHAPES = {
     "124M": dict(n_layer=12, n_embd=768, n_head=12, vocab_size=50257, n_positions=1024),
@@ -210,20 +210,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--generate", action="store_true", help="measure generate() of OpenAI GPT instead")
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--output", type=pathlib.Path, help="JSON; by default below benchmarks/results")
+    parser.add_argument("--output-json", type=pathlib.Path, help="also write the results here")
     arguments = parser.parse_args()
     if arguments.batch % 4:
         parser.error(f"--batch must be a multiple of 4, for the choices, got {arguments.batch}")
     import transformers
 
     results = measure_generation(arguments) if arguments.generate else measure_heads(arguments)
-    settings = {key: value for key, value in vars(arguments).items() if key != "output"}
-    kind = "cpu_gpt1_generate" if arguments.generate else "cpu_heads"
-    target = arguments.output or RESULTS / f"{kind}_{arguments.shape}_{arguments.dtype}.json"
-    write_json(
-        target, {**describe(), "transformers": transformers.__version__, "settings": settings, "results": results}
-    )
-    print(f"wrote {target}")
+    if arguments.output_json:
+        settings = {**vars(arguments), "output_json": str(arguments.output_json)}
+        versions = {**describe(), "transformers": transformers.__version__}
+        write_json(arguments.output_json, {**versions, "settings": settings, "results": results})
+        print(f"written to {arguments.output_json}")
 
 
 if __name__ == "__main__":
