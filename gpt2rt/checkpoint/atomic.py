@@ -47,6 +47,9 @@ class AtomicFiles:
         Raises:
             CheckpointError: writing or syncing failed (full or read-only disk, ...).
         """
+        if path.is_dir():
+            # found out before any file is replaced
+            raise CheckpointError(f"cannot write {path}: it is a folder; move it away")
         _remove_left_overs(path)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
         self._pending.append((temporary, path))

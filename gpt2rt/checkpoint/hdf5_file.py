@@ -13,8 +13,8 @@ from typing import Any, Never
 
 import torch
 
-from gpt2rt.checkpoint.safetensors_file import TensorInfo
-from gpt2rt.checkpoint.stored import MAX_DEPTH, MAX_NAME, MAX_TENSORS, StoredTensor
+from gpt2rt.checkpoint.safetensors_file import MAX_NAME, TensorInfo
+from gpt2rt.checkpoint.stored import MAX_DEPTH, MAX_TENSORS, StoredTensor
 from gpt2rt.errors import CheckpointError
 
 # numpy's name of a little-endian type -> dtype

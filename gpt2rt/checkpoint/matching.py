@@ -16,7 +16,7 @@ MAX_LISTED = 12
 # what gpt2rt computes with; float64 checkpoints are rounded to float32
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-_LAYER = re.compile(r"(?:^|\.)h\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)h\.([0-9]{1,9})\.")
 
 
 @dataclass

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Never
 
 import torch
 
-from gpt2rt.checkpoint.safetensors_file import TensorInfo, open_file
-from gpt2rt.checkpoint.stored import MAX_DEPTH, MAX_NAME, MAX_TENSORS, StoredTensor
+from gpt2rt.checkpoint.safetensors_file import MAX_NAME, TensorInfo, open_file
+from gpt2rt.checkpoint.stored import MAX_DEPTH, MAX_TENSORS, StoredTensor
 from gpt2rt.errors import CheckpointError
 
 # extension type of an array in flax.serialization
@@ -56,6 +56,8 @@ _OTHER |= dict.fromkeys((0xD0, 0xD1, 0xD2, 0xD3), "a signed integer")
 class _Scanner:
     def __init__(self, file: "io.BufferedReader[io.FileIO]", path: Path, size: int) -> None:
         self._file, self._path, self._size = file, path, size
+        # names and pieces seen; empty maps count too, since each name is kept while its map is read
+        self._seen = 0
         self.found: dict[str, StoredTensor] = {}
 
     # ---- MessagePack -----------------------------------------------------------------------------------------------
@@ -121,6 +123,7 @@ class _Scanner:
             self._fail(f"names are nested deeper than {MAX_DEPTH}, at {prefix!r}")
         seen = set()
         for _ in range(size):
+            self._count()
             key = self._text(f"a name in {prefix!r}")
             name = f"{prefix}/{key}" if prefix else key
             if key in seen:
@@ -136,12 +139,12 @@ class _Scanner:
                 self._map(token.size, name, depth + 1)
             else:
                 info = self._array(token, name)
-                self._keep(name, StoredTensor(info.dtype, info.shape, (info,)))
+                self.found[name] = StoredTensor(info.dtype, info.shape, (info,))
 
-    def _keep(self, name: str, stored: StoredTensor) -> None:
-        self.found[name] = stored
-        if len(self.found) > MAX_TENSORS:
-            self._fail(f"it holds more than {MAX_TENSORS} tensors")
+    def _count(self) -> None:
+        self._seen += 1
+        if self._seen > MAX_TENSORS:
+            self._fail(f"it holds more than {MAX_TENSORS} names or pieces of tensors")
 
     def _array(self, token: _Token, name: str) -> TensorInfo:
         if token.kind != "ext" or token.value != NDARRAY:
@@ -174,10 +177,11 @@ class _Scanner:
         lists: list[list[Any]] = []
         for key in ("shape", "chunks"):
             what = f"the {key} of tensor {name!r}"
-            if self._text(what) != key or (token := self._token()).kind != "map" or token.size > MAX_TENSORS:
+            if self._text(what) != key or (token := self._token()).kind != "map":
                 self._fail(f"tensor {name!r} is an array in pieces without {key}")
             entries: list[Any] = []
             for number in range(token.size):
+                self._count()
                 if self._text(what) != str(number):
                     self._fail(f"{what} is not numbered from 0")
                 entries.append(self._integer(what) if key == "shape" else self._array(self._token(), name))
@@ -187,7 +191,7 @@ class _Scanner:
         flat = all(len(piece.shape) == 1 for piece in pieces)
         if len(dtypes) != 1 or not flat or sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
             self._fail(f"the {len(pieces)} pieces of tensor {name!r} do not make up shape {list(shape)}")
-        self._keep(name, StoredTensor(dtypes.pop(), shape, pieces))
+        self.found[name] = StoredTensor(dtypes.pop(), shape, pieces)
 
 
 def read_msgpack(path: Path) -> dict[str, StoredTensor]:

@@ -6,7 +6,9 @@ while they are read.
 
 import contextlib
 import os
+import reprlib
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from gpt2rt.errors import CheckpointError
 
@@ -67,7 +69,7 @@ class Source:
         revision: str | None = "main",
         subfolder: str = "",
     ) -> None:
-        self.name = os.fspath(name)
+        self.name = _checked_name(name)
         self.revision = revision or "main"
         self._subfolder = _check_subfolder(subfolder)
         self._cache_dir = None if cache_dir is None else os.fspath(cache_dir)
@@ -85,8 +87,9 @@ class Source:
     def _local_folder(self) -> Path | None:
         known = embedded_models() if self.name.startswith(EMBEDDED_PREFIX) else []
         if self.name in known:
-            return embedded_folder() / self.name.removeprefix(EMBEDDED_PREFIX) / self._subfolder
-        path = Path(self.name).expanduser()
+            path = embedded_folder() / self.name.removeprefix(EMBEDDED_PREFIX)
+        else:
+            path = Path(self.name).expanduser()
         if path.is_dir():
             folder = path / self._subfolder
             if not folder.is_dir():
@@ -99,7 +102,7 @@ class Source:
                 f"{self.name!r} is no embedded model; known: {', '.join(known) or 'none in this installation'}"
             )
         looks_local = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1 or "\\" in self.name
-        if looks_local or not self.name:
+        if looks_local:
             raise CheckpointError(f"the folder {self.name!r} does not exist (current folder: {os.getcwd()})")
         return None
 
@@ -112,11 +115,19 @@ class Source:
         """The local path of a file, fetched if needed; None if the checkpoint has no such file.
 
         Raises:
-            CheckpointError: the hub cannot be asked and has to be, or the download failed.
+            CheckpointError: the hub cannot be asked and has to be, the download failed, or what has this name in a
+                folder is no file.
         """
         if self.folder is not None:
             path = self.folder / filename
-            return path if path.is_file() else None
+            if path.is_file():
+                return path
+            if os.path.lexists(path):
+                raise CheckpointError(
+                    f"{path} is a link to nothing, a folder or a device, expected a regular file; put the file itself "
+                    "there, or remove it"
+                )
+            return None
         if filename not in self._fetched:
             self._fetched[filename] = self._download(filename)
         return self._fetched[filename]
@@ -278,6 +289,34 @@ class Source:
             return True, Path(found)
         # a marker object says that the repository was asked before and has no such file
         return found is not None, None
+
+
+def find_config(name: str | os.PathLike[str], **hub: Any) -> Path:
+    """The ``config.json`` of a checkpoint, or ``name`` itself if that is a file.
+
+    Args:
+        name: a JSON file, a folder, an embedded id or a hub id.
+        **hub: of :class:`Source`.
+    Raises:
+        CheckpointError: there is none, or the hub cannot be reached.
+    """
+    path = Path(_checked_name(name)).expanduser()
+    return path if path.is_file() else Source(name, **hub).require("config.json")
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(
+            f"the checkpoint is given as a {type(name).__name__}, expected a folder, an embedded id "
+            "('gpt2rt/tiny-gpt2') or a hub id"
+        )
+    text = os.fspath(name)
+    # the limits of Linux; beyond them asking for the file fails in a less readable way
+    if not text or len(text) > 4095 or max(map(len, text.split("/"))) > 255 or "\0" in text:
+        raise CheckpointError(
+            f"{reprlib.repr(text)} is no name of a folder or hub id: it is empty, too long or has a NUL in it"
+        )
+    return text
 
 
 def _timeout() -> float:

@@ -12,16 +12,20 @@ import io
 import json
 import math
 import os
+import reprlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gpt2rt.checkpoint.json_files import no_repeats
 from gpt2rt.errors import CheckpointError
 
-# the limit of the safetensors library
-MAX_HEADER_BYTES = 100_000_000
+# a header of 48 blocks has 60 kB; parsing takes up to 20 times its size, so the library's limit of 100 MB is too much
+MAX_HEADER_BYTES = 10_000_000
+# characters of a tensor's name
+MAX_NAME = 1024
 
 DTYPES = {
     "F64": torch.float64,
@@ -110,18 +114,9 @@ def _read(file: io.FileIO, count: int, path: Path) -> bytes:
     return bytes(data)
 
 
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {repeated!r} occurs twice")
-    return out
-
-
 def _parse_header(raw: bytes, path: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeats)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_repeats)
     # RecursionError: brackets nested deeper than the parser's stack
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not valid JSON ({error}): no safetensors file") from None
@@ -153,20 +148,24 @@ def _parse_entry(name: str, entry: Any, path: Path, start: int) -> tuple[TensorI
     def wrong(what: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r} {what}")
 
+    if len(name) > MAX_NAME:
+        raise CheckpointError(f"{path}: the name of a tensor has {len(name)} characters, expected at most {MAX_NAME}")
     if not isinstance(entry, dict):
-        raise wrong(f"is described by {entry!r}, expected an object")
+        raise wrong(f"is described by {reprlib.repr(entry)}, expected an object")
     dtype = DTYPES.get(str(entry.get("dtype")))
     if dtype is None:
-        raise wrong(f"has dtype {entry.get('dtype')!r}, expected one of {', '.join(DTYPES)}")
+        raise wrong(f"has dtype {reprlib.repr(entry.get('dtype'))}, expected one of {', '.join(DTYPES)}")
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise wrong(f"has shape {shape!r}, expected a list of integers >= 0")
+        raise wrong(f"has shape {reprlib.repr(shape)}, expected a list of integers >= 0")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise wrong(f"has data_offsets {offsets!r}, expected [begin, end]")
+        raise wrong(f"has data_offsets {reprlib.repr(offsets)}, expected [begin, end]")
     # python's integers do not overflow
     needed, given = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
     if needed != given:
-        raise wrong(f"of shape {shape} and dtype {entry['dtype']} has {given} bytes of data, expected {needed}")
+        raise wrong(
+            f"of shape {reprlib.repr(shape)} and dtype {entry['dtype']} has {given} bytes of data, expected {needed}"
+        )
     return TensorInfo(name, dtype, tuple(shape), path, start + offsets[0]), start + offsets[1]
 
 

@@ -9,7 +9,6 @@ from gpt2rt.checkpoint.safetensors_file import TensorInfo
 # bounds on what a hostile file can make an importer keep; a checkpoint of 48 blocks has 580 tensors in 8 levels
 MAX_TENSORS = 100_000
 MAX_DEPTH = 16
-MAX_NAME = 1024
 
 
 class StoredTensor(NamedTuple):

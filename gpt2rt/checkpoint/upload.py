@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def upload(
         repo_id: "user/name", or "name" in the user's own space; made if it does not exist. None: the folder's name.
         private: of a repository that is made.
         token: access token; None or True uses the stored one.
-        revision: the branch to commit to.
+        revision: the branch to commit to, made if it does not exist.
         create_pr: open a pull request instead.
         commit_message, commit_description: of the commit.
     Returns:
@@ -47,6 +47,8 @@ def upload(
     api = HfApi(token=token)
     try:
         name = api.create_repo(name, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(name, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=name,
             folder_path=Path(folder),
@@ -61,6 +63,21 @@ def upload(
         raise CheckpointError(f"uploading to {name!r} failed: {error}") from error
     # a commit's address is its text in some versions of the client and a field in others
     return str(getattr(commit, "pr_url", None) or getattr(commit, "commit_url", None) or commit)
+
+
+def upload_options(kwargs: Mapping[str, Any], push_to_hub: bool) -> dict[str, Any]:
+    """The keywords of :func:`upload` among the further ones of a ``save_pretrained``.
+
+    Raises:
+        ValueError: one is a keyword of transformers' that gpt2rt does not honour.
+        TypeError: one is unknown, or has no effect without ``push_to_hub``.
+    """
+    options = refuse_options(kwargs, "save_pretrained", SAVE_REFUSED, SAVE_WITHOUT_EFFECT)
+    unknown = sorted(set(options) - (UPLOAD_KEYWORDS if push_to_hub else frozenset()))
+    if unknown:
+        hint = "; they need push_to_hub=True" if UPLOAD_KEYWORDS.issuperset(unknown) else ""
+        raise TypeError(f"save_pretrained got unknown keywords: {', '.join(unknown)}{hint}")
+    return options
 
 
 class PushToHub:

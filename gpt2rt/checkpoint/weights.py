@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from gpt2rt.checkpoint import foreign
-from gpt2rt.checkpoint.json_files import read_json_object
+from gpt2rt.checkpoint.json_files import MAX_SETTINGS_BYTES, read_json_object
 from gpt2rt.checkpoint.resolve import Source
 from gpt2rt.checkpoint.safetensors_file import (
+    MAX_NAME,
     TensorInfo,
     open_file,
     read_header_and_metadata,
     read_into,
 )
-from gpt2rt.checkpoint.stored import MAX_NAME, StoredTensor
+from gpt2rt.checkpoint.stored import StoredTensor
 from gpt2rt.errors import CheckpointError
 
 
@@ -127,6 +128,8 @@ class RenamedWeights(Weights):
 
     def __init__(self, weights: Weights, mapping: Mapping[str, str]) -> None:
         super().__init__({}, weights.where)
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"key_mapping is a {type(mapping).__name__}, expected a dictionary of patterns")
         self._weights, self.borrowed = weights, weights.borrowed
         self._names: dict[str, str] = {}
         for old, info in weights.infos.items():
@@ -161,6 +164,8 @@ class TensorWeights(Weights):
 
     def __init__(self, tensors: Mapping[str, Tensor], where: str, path: Path) -> None:
         super().__init__({}, where)
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"{where} is a {type(tensors).__name__}, expected a dictionary of name: tensor")
         self._tensors = dict(tensors)
         for name, tensor in self._tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
@@ -203,6 +208,8 @@ def open_weights(
             f"from_tf = {from_tf!r}, from_flax = {from_flax!r}, use_safetensors = {use_safetensors!r} and variant = "
             f"{variant!r} exclude each other; pass one of them"
         )
+    if variant and os.path.basename(variant) != variant:
+        raise ValueError(f"variant = {variant!r}, expected the middle of a file name, such as 'fp16'")
     mark = f".{variant}" if variant else ""
     looked_for = []
     if use_safetensors is not False and not is_foreign:
@@ -291,7 +298,7 @@ def _read_index(
     source: Source, index_path: Path, suffix: str
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, Path]]:
     """An index of shards: its content, tensor -> shard, and shard -> path; all names are checked, all files exist."""
-    index = read_json_object(index_path)
+    index = read_json_object(index_path, MAX_SETTINGS_BYTES)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(

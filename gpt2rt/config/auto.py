@@ -1,7 +1,6 @@
 """``AutoConfig``: the config class that a checkpoint's ``config.json`` asks for."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from gpt2rt.config.base import PretrainedConfig, _guessed_type, check_model_type, refuse_remote_code
@@ -25,13 +24,10 @@ def read_config(
         CheckpointError: the file is missing, unreachable, not JSON or not an object.
         ConfigError: it is the config of a model that gpt2rt does not run.
     """
-    from gpt2rt.checkpoint.json_files import read_json_object
-    from gpt2rt.checkpoint.resolve import Source
+    from gpt2rt.checkpoint.json_files import MAX_SETTINGS_BYTES, read_json_object
+    from gpt2rt.checkpoint.resolve import find_config
 
-    path = Path(pretrained_model_name_or_path).expanduser()
-    if not path.is_file():
-        path = Source(pretrained_model_name_or_path, **hub).require("config.json")
-    values = read_json_object(path)
+    values = read_json_object(find_config(pretrained_model_name_or_path, **hub), MAX_SETTINGS_BYTES)
     check_model_type(values, os.fspath(pretrained_model_name_or_path), tuple(CONFIG_CLASSES))
     # a file that names neither type nor classes passed the check by GPT-2's field names
     model_type = values.get("model_type") or _guessed_type(values, values.get("architectures") or []) or "gpt2"

@@ -22,6 +22,9 @@ SUPPORTED_MODEL_TYPES = ("gpt2", "openai-gpt")
 _CLASSES = {"gpt2": "GPT2", "openai-gpt": "OpenAIGPT"}
 _OWN_FIELDS = {"gpt2": "activation_function", "openai-gpt": "afn"}
 
+# names of labels are made and kept for each of them
+MAX_LABELS = 1_000_000
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # sampling settings that old checkpoints keep in config.json; they belong to the generation config
@@ -126,6 +129,8 @@ class PretrainedConfig:
         for key in ("model_type", "_commit_hash", "auto_map"):
             kwargs.pop(key, None)
         for key, value in kwargs.items():
+            if hasattr(type(self), key):
+                raise ConfigError(f"{type(self).__name__}: a field cannot be called {key!r}, the class uses that name")
             if key not in GENERATION_FIELDS and not key.startswith("_attn_implementation"):
                 setattr(self, key, value)
         self.validate()
@@ -135,6 +140,8 @@ class PretrainedConfig:
         self, id2label: Mapping[Any, str] | None, label2id: Mapping[str, int] | None, num_labels: int | None
     ) -> None:
         name = type(self).__name__
+        if label2id is not None and not isinstance(label2id, Mapping):
+            raise ConfigError(f"{name}: label2id = {label2id!r}, but it must map names of labels to numbers")
         if id2label is None:
             self.num_labels = 2 if num_labels is None else num_labels
             if label2id is not None:
@@ -142,6 +149,8 @@ class PretrainedConfig:
             return
         try:
             self.id2label = {int(key): value for key, value in id2label.items()}
+            # names are keys of the other table
+            hash(frozenset(self.id2label.values()))
         except (AttributeError, TypeError, ValueError):
             raise ConfigError(f"{name}: id2label = {id2label!r}, but it must map label numbers to names") from None
         if num_labels is not None and num_labels != len(self.id2label):
@@ -178,8 +187,10 @@ class PretrainedConfig:
 
     @num_labels.setter
     def num_labels(self, value: int) -> None:
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{type(self).__name__}: num_labels = {value!r}, but it must be an integer >= 1")
+        if type(value) is not int or not 1 <= value <= MAX_LABELS:
+            raise ConfigError(
+                f"{type(self).__name__}: num_labels = {value!r}, but it must be an integer from 1 to {MAX_LABELS}"
+            )
         if "id2label" not in self.__dict__ or len(self.id2label) != value:
             self.id2label = {i: f"LABEL_{i}" for i in range(value)}
             self.label2id = {label: i for i, label in self.id2label.items()}
@@ -197,6 +208,15 @@ class PretrainedConfig:
     def use_return_dict(self) -> bool:
         """transformers' older name of ``return_dict``."""
         return bool(self.return_dict)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
+        """The config itself: transformers' caches ask, for models of several parts."""
+        return self
+
+    @property
+    def per_layer_config(self) -> list[Self]:
+        """What transformers' caches read of each block: they are all alike."""
+        return [self] * self.num_hidden_layers
 
     # ---- rules -----------------------------------------------------------------------------------------------------
 
@@ -336,6 +356,8 @@ class PretrainedConfig:
         if values.get("id2label") is not None:
             # some published files hold both and disagree; the names are the ones in use
             values.pop("num_labels", None)
+        if "self" in values:
+            raise ConfigError(f"{cls.__name__}: a field cannot be called 'self', the class uses that name")
         config = cls(**{str(key): value for key, value in values.items()})
         return (config, unused) if return_unused_kwargs else config
 
@@ -347,9 +369,9 @@ class PretrainedConfig:
             CheckpointError: the file is missing, is not JSON or holds no object.
             ConfigError: it is the config of another kind of model, or a field breaks its rule.
         """
-        from gpt2rt.checkpoint.json_files import read_json_object
+        from gpt2rt.checkpoint.json_files import MAX_SETTINGS_BYTES, read_json_object
 
-        values = read_json_object(Path(json_file))
+        values = read_json_object(Path(json_file), MAX_SETTINGS_BYTES)
         check_model_type(values, str(json_file), (cls.model_type,))
         return cls.from_dict(values)
 
@@ -358,14 +380,11 @@ class PretrainedConfig:
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The content of a checkpoint's ``config.json`` and, as transformers returns it, an empty dict."""
-        from gpt2rt.checkpoint.json_files import read_json_object
-        from gpt2rt.checkpoint.resolve import Source
+        from gpt2rt.checkpoint.json_files import MAX_SETTINGS_BYTES, read_json_object
+        from gpt2rt.checkpoint.resolve import find_config
 
-        path = Path(pretrained_model_name_or_path).expanduser()
-        if not path.is_file():
-            return cls.read_source(Source(pretrained_model_name_or_path, **hub)), {}
-        values = read_json_object(path)
-        check_model_type(values, str(path), (cls.model_type,))
+        values = read_json_object(find_config(pretrained_model_name_or_path, **hub), MAX_SETTINGS_BYTES)
+        check_model_type(values, os.fspath(pretrained_model_name_or_path), (cls.model_type,))
         return values, {}
 
     @classmethod
@@ -376,9 +395,9 @@ class PretrainedConfig:
             CheckpointError: the file is missing, unreachable, not JSON or not an object.
             ConfigError: it is the config of another kind of model.
         """
-        from gpt2rt.checkpoint.json_files import read_json_object
+        from gpt2rt.checkpoint.json_files import MAX_SETTINGS_BYTES, read_json_object
 
-        values = read_json_object(source.require("config.json"))
+        values = read_json_object(source.require("config.json"), MAX_SETTINGS_BYTES)
         check_model_type(values, source.name, (cls.model_type,))
         return values
 

@@ -62,7 +62,7 @@ class _BaseAutoModel:
         """
         from gpt2rt.config import refuse_remote_code, torch_dtype_of
 
-        from .pretrained import ATTENTION_IMPLEMENTATIONS
+        from .pretrained import check_attn_implementation
 
         if not isinstance(config, PretrainedConfig):
             raise TypeError(f"config is a {type(config).__name__}, expected a config such as GPT2Config")
@@ -74,10 +74,7 @@ class _BaseAutoModel:
         if kwargs:
             raise TypeError(f"{cls.__name__}.from_config got unknown keywords: {', '.join(sorted(kwargs))}")
         if attention is not None:
-            if attention not in ATTENTION_IMPLEMENTATIONS:
-                raise ValueError(
-                    f"attn_implementation = {attention!r}, but it must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
-                )
+            check_attn_implementation(attention)
             config._attn_implementation = attention
         model = kind(config)
         return model if dtype is None else model.to(dtype)

@@ -28,13 +28,21 @@ from gpt2rt.checkpoint.options import refuse_options
 from gpt2rt.checkpoint.resolve import Source
 from gpt2rt.checkpoint.weights import RenamedWeights, TensorWeights, Weights, open_weights
 from gpt2rt.config import PretrainedConfig, refuse_remote_code
-from gpt2rt.errors import CheckpointError
+from gpt2rt.errors import CheckpointError, ConfigError, RequestError
 
 from .empty import NoFill, initializes, no_init_weights
 from .saving import SavingModel
 
 # names of the attention computation that a model accepts; all give the same numbers within rounding
 ATTENTION_IMPLEMENTATIONS = ("gpt2rt", "eager", "sdpa")
+
+
+def check_attn_implementation(name: str | None) -> None:
+    """Raise ValueError unless ``name`` is None or one of ``ATTENTION_IMPLEMENTATIONS``."""
+    if name not in (None, *ATTENTION_IMPLEMENTATIONS):
+        raise ValueError(
+            f"attn_implementation = {name!r}, but it must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
+        )
 
 
 def _unset_foreign_ids(settings: Any, vocab_size: int, path: Path) -> None:
@@ -107,13 +115,14 @@ class PreTrainedModel(SavingModel):
         """Run ``_init_weights`` once over every module that has not seen it, children first."""
 
         def visit(module: nn.Module) -> None:
-            if getattr(module, "_weights_initialized", False):
+            if getattr(module, "_is_hf_initialized", False):
                 return
             for child in module.children():
                 visit(child)
             self._init_weights(module)
-            # a mark on the module; mypy takes every attribute of one for a tensor or module
-            module._weights_initialized = True  # type: ignore[assignment]
+            # transformers' mark, so that its composite models, which take these as parts, leave them alone too;
+            # mypy takes every attribute of a module for a tensor or module
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
         visit(self)
 
@@ -152,6 +161,24 @@ class PreTrainedModel(SavingModel):
         return sum(
             p.numel() for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable)
         )
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """The size of all parameters, and of the buffers if ``return_buffers``, in bytes; tied ones count once."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Note the name in the config: "gpt2rt", "eager" or "sdpa". All of them give the same numbers within rounding.
+
+        Raises:
+            ValueError: another name.
+        """
+        check_attn_implementation(attn_implementation)
+        self.config._attn_implementation = attn_implementation
+
+    def get_decoder(self) -> nn.Module:
+        """The bare model, in transformers' words for models of any kind."""
+        return self.base_model
 
     # ---- embeddings ------------------------------------------------------------------------------------------------
 
@@ -308,11 +335,7 @@ class PreTrainedModel(SavingModel):
             raise ValueError("weights_only=False: gpt2rt never unpickles arbitrary objects; leave the argument out")
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype = {dtype!r} and torch_dtype = {torch_dtype!r} differ; pass one of them")
-        if attn_implementation not in (None, *ATTENTION_IMPLEMENTATIONS):
-            raise ValueError(
-                f"attn_implementation = {attn_implementation!r}, but it must be one of "
-                f"{', '.join(ATTENTION_IMPLEMENTATIONS)}"
-            )
+        check_attn_implementation(attn_implementation)
         target = choose_device(device, device_map)
         hub: dict[str, Any] = {
             "cache_dir": cache_dir,
@@ -359,7 +382,7 @@ class PreTrainedModel(SavingModel):
             model.tie_weights()
             require_filled(model, weights.where)
         for module in model.modules():
-            module._weights_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True  # type: ignore[assignment]
         model.config.dtype = chosen
         model.name_or_path = model.config.name_or_path
         model._set_generation_config(generation_config, source, raw_config)
@@ -483,18 +506,27 @@ class PreTrainedModel(SavingModel):
             raise ValueError(f"generation_config was given, but {type(self).__name__} does not generate")
         if not self.can_generate():
             return
-        from gpt2rt.checkpoint.json_files import read_json_object
+        from gpt2rt.checkpoint.json_files import MAX_SETTINGS_BYTES, read_json_object
         from gpt2rt.generation import GenerationConfig
 
-        path = source.find("generation_config.json") if source is not None and given is None else None
         if given is not None:
-            self.generation_config = given
-        elif path is not None:
-            self.generation_config = GenerationConfig.from_dict(read_json_object(path))
-            _unset_foreign_ids(self.generation_config, self.config.vocab_size, path)
-        else:
+            if not hasattr(given, "to_dict"):
+                raise TypeError(f"generation_config is a {type(given).__name__}, expected a GenerationConfig")
+            # transformers' own class has the same fields
+            kept = isinstance(given, GenerationConfig)
+            self.generation_config = given if kept else GenerationConfig.from_dict(given.to_dict())
+            return
+        path = source.find("generation_config.json") if source is not None else None
+        try:
+            if path is not None:
+                self.generation_config = GenerationConfig.from_dict(read_json_object(path, MAX_SETTINGS_BYTES))
+                _unset_foreign_ids(self.generation_config, self.config.vocab_size, path)
+                return
             # old checkpoints keep their sampling settings in config.json; special tokens come from the checked config
             special = {
                 name: getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
             }
             self.generation_config = GenerationConfig.from_model_config({**raw_config, **special})
+        except RequestError as error:
+            where = path if path is not None else f"{self.name_or_path}: config.json"
+            raise ConfigError(f"{where}: {error}") from None

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from gpt2rt.checkpoint.options import SAVE_REFUSED, SAVE_WITHOUT_EFFECT, refuse_options
-from gpt2rt.checkpoint.upload import UPLOAD_KEYWORDS, PushToHub, upload
+from gpt2rt.checkpoint.upload import PushToHub, upload, upload_options
 from gpt2rt.checkpoint.write import save_checkpoint, unique_tensors
 from gpt2rt.config import PretrainedConfig
 
@@ -58,13 +57,9 @@ class SavingModel(nn.Module, PushToHub):
             ValueError: an argument is invalid, or is one of transformers' that gpt2rt does not honour.
             TypeError: an unknown keyword.
         """
-        kwargs = refuse_options(kwargs, "save_pretrained", SAVE_REFUSED, SAVE_WITHOUT_EFFECT)
+        options = upload_options(kwargs, push_to_hub)
         if not safe_serialization:
             raise ValueError("safe_serialization=False: gpt2rt writes safetensors only, no pickles")
-        unknown = sorted(set(kwargs) - (UPLOAD_KEYWORDS if push_to_hub else frozenset()))
-        if unknown:
-            hint = "; they need push_to_hub=True" if UPLOAD_KEYWORDS.issuperset(unknown) else ""
-            raise TypeError(f"save_pretrained got unknown keywords: {', '.join(unknown)}{hint}")
         if not is_main_process:
             return
         self.config.validate()
@@ -79,7 +74,7 @@ class SavingModel(nn.Module, PushToHub):
         tensors = unique_tensors(state, self._active_ties())
         written = save_checkpoint(save_directory, tensors, texts, max_shard_size, variant)
         if push_to_hub:
-            upload(save_directory, written, token=token, **kwargs)
+            upload(save_directory, written, token=token, **options)
 
     def _push_saves_with(self) -> tuple[str, ...]:
         return ("max_shard_size",)

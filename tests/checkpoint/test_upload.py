@@ -48,8 +48,24 @@ def test_saving_with_push_to_hub(hub, model, tmp_path):
     assert (tmp_path / "folder" / "model.safetensors.index.json").is_file()
     model.save_pretrained(tmp_path / "other", push_to_hub=True, repo_id="me/folder", token="hf_t")
     assert set(hub.repositories["me/folder"]["main"]) == FILES | {"README.md"}
+    # a branch that does not exist is made
+    model.save_pretrained(tmp_path / "folder", push_to_hub=True, token="hf_t", revision="v3")
+    assert set(hub.repositories["me/folder"]["v3"]) == FILES
     state = load(hub.commits[-1]["files"]["model.safetensors"])
     assert same_weights(GPT2LMHeadModel.from_pretrained(None, config=model.config, state_dict=state), model)
+
+
+def test_saving_a_tokenizer_with_push_to_hub(hub, tmp_path):
+    tokenizer = GPT2Tokenizer.train_from_iterator(["to be or not to be"] * 3, 300)
+    (tmp_path / "notes.txt").write_text("not part of the tokenizer")
+    tokenizer.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/words", token="hf_t")
+    written = {"merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
+    assert set(hub.repositories["me/words"]["main"]) == written
+    tokenizer.save_pretrained(tmp_path, push_to_hub=False)
+    with pytest.raises(TypeError, match="unknown keywords: repo_id; they need push_to_hub=True"):
+        tokenizer.save_pretrained(tmp_path, repo_id="me/words")
+    with pytest.raises(ValueError, match="use_auth_token is not supported: pass token instead"):
+        tokenizer.save_pretrained(tmp_path, use_auth_token="hf_t")
 
 
 def test_a_pull_request_is_asked_for_and_its_address_returned(hub, model, monkeypatch):
@@ -68,10 +84,8 @@ def test_a_pull_request_is_asked_for_and_its_address_returned(hub, model, monkey
 
 
 def test_uploads_that_fail_or_make_no_sense(hub, model, tmp_path, monkeypatch):
-    with pytest.raises(
-        CheckpointError, match=r"uploading to 'me/mine' failed: .*revision|uploading to 'me/mine' failed"
-    ):
-        model.push_to_hub("mine", token="hf_t", revision="nowhere")
+    with pytest.raises(CheckpointError, match=r"(?s)uploading to 'me/mine' failed: .*Invalid rev id"):
+        model.push_to_hub("mine", token="hf_t", revision="refs/pr/7")
     with pytest.raises(CheckpointError, match=r"uploading to 'mine' failed: .*401"):
         model.push_to_hub("mine", token=False)
     for keywords, kind, match in (

@@ -122,6 +122,9 @@ class Hub:
             return self._json(request, {"url": f"{self.endpoint}/{name}", "name": name, "id": name})
         name, action = "/".join(parts[2:4]), parts[4]
         revision = urllib.parse.unquote(parts[5])
+        if action == "branch" and name in self.repositories:
+            made = self.repositories[name].setdefault(revision, {})
+            return self._json(request, {}, status=409 if made else 200)
         if name not in self.repositories or revision not in self.repositories[name]:
             return self._error(request, 404, "RevisionNotFound", "Invalid rev id")
         if action == "preupload":
