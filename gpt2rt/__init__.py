@@ -116,6 +116,7 @@ _EXPORTS = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "gpt2rt.generation",
     "ZeroShotClassificationPipeline": "gpt2rt.pipelines",
     "pipeline": "gpt2rt.pipelines",
+    "set_seed": "gpt2rt.pipelines",
 }
 
 __all__ = sorted([*_EXPORTS, "__version__"])

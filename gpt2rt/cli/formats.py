@@ -27,7 +27,7 @@ def infer_format(path: Path | None) -> str:
         return "pipe"
     if path.suffix.lower() not in _EXTENSIONS:
         raise UsageFault(
-            f"the format of {path} cannot be told from its name; pass --format json or csv, or name it "
+            f"the format of {path} cannot be told from its name; pass --format json, csv or pipe, or name it "
             f"{', '.join('*' + end for end in _EXTENSIONS)}"
         )
     return _EXTENSIONS[path.suffix.lower()]
@@ -188,15 +188,14 @@ def write_results(results: Iterable[Any], stream: TextIO, form: str, lines: bool
             stream.write(json.dumps(result, ensure_ascii=False) + "\n")
             flush()
     else:
-        stream.write("[")
         written = False
         for result in results:
             count += 1
             for item in _flat(result):
-                stream.write((",\n " if written else "\n ") + json.dumps(item, ensure_ascii=False))
+                stream.write((",\n " if written else "[\n ") + json.dumps(item, ensure_ascii=False))
                 written = True
             flush()
-        stream.write("\n]\n" if written else "]\n")
+        stream.write("\n]\n" if written else "[]\n")
     return count
 
 

@@ -95,6 +95,8 @@ def command(
     form = infer_format(source) if format == "infer" else format
     if source is not None and not source.is_file():
         raise UsageFault(f"--input {source} is no file")
+    if target is not None and target.is_dir():
+        raise UsageFault(f"--output {target} is a folder; name the file in it")
     if target is not None and target.exists() and not overwrite:
         raise UsageFault(f"--output {target} exists already; pass --overwrite to replace it")
     if target is not None and not target.absolute().parent.is_dir():

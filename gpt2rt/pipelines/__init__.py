@@ -4,6 +4,7 @@ from .base import Feature, Pipeline
 from .factory import pipeline, supported_tasks
 from .feature_extraction import FeatureExtractionPipeline
 from .question_answering import QuestionAnsweringPipeline
+from .seeding import set_seed
 from .text_classification import TextClassificationPipeline, ZeroShotClassificationPipeline
 from .text_generation import TextGenerationPipeline
 from .token_classification import NerPipeline, TokenClassificationPipeline
@@ -19,5 +20,6 @@ __all__ = [
     "TokenClassificationPipeline",
     "ZeroShotClassificationPipeline",
     "pipeline",
+    "set_seed",
     "supported_tasks",
 ]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Feature, Pipeline, choose, is_lazy
+from .base import Feature, Pipeline, choose
 
 AGGREGATION_STRATEGIES = ("none", "simple", "first", "average", "max")
 _BY_WORD = ("first", "average", "max")
@@ -95,7 +95,7 @@ class TokenClassificationPipeline(Pipeline):
             ``start`` and ``end`` in characters, and ``index`` of the token without a strategy.
         """
         words = kwargs.get("is_split_into_words", self._preprocess_params.get("is_split_into_words"))
-        if not is_lazy(inputs) and (inputs is None or len(inputs) == 0):
+        if inputs is None or (isinstance(inputs, str | list | tuple) and len(inputs) == 0):
             raise ValueError("At least one input is required.")
         if words and isinstance(inputs, list | tuple) and not isinstance(inputs[0], list | tuple):
             [result] = self._call([inputs], *args, **kwargs)

@@ -69,7 +69,6 @@ class CallableTokenizer(SpecialTokens):
         text_pair: Any = None,
         text_target: Any = None,
         text_pair_target: Any = None,
-        *,
         add_special_tokens: bool = True,
         padding: bool | str = False,
         truncation: bool | str | None = None,
@@ -78,7 +77,6 @@ class CallableTokenizer(SpecialTokens):
         is_split_into_words: bool = False,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
-        truncation_side: str | None = None,
         return_tensors: str | None = None,
         return_token_type_ids: bool | None = None,
         return_attention_mask: bool | None = None,
@@ -86,9 +84,11 @@ class CallableTokenizer(SpecialTokens):
         return_special_tokens_mask: bool = False,
         return_offsets_mapping: bool = False,
         return_length: bool = False,
+        verbose: bool = True,
+        *,
+        truncation_side: str | None = None,
         add_prefix_space: bool | None = None,
         split_special_tokens: bool | None = None,
-        verbose: bool = True,
     ) -> BatchEncoding:
         """Token ids of a text, a pair of texts, or a batch of either.
 
@@ -242,12 +242,36 @@ class CallableTokenizer(SpecialTokens):
                 stacklevel=4,
             )
 
-    def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
+    def encode(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The ``input_ids`` of one text or pair, a list of ints (a tensor with ``return_tensors``).
 
-        The keywords are those of calling the tokenizer.
+        The arguments are those of calling the tokenizer.
         """
-        return self(text, text_pair, **kwargs)["input_ids"]
+        encoding = self(
+            text,
+            text_pair,
+            add_special_tokens=add_special_tokens,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            stride=stride,
+            padding_side=padding_side,
+            return_tensors=return_tensors,
+            **kwargs,
+        )
+        return encoding["input_ids"]
 
     def encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
         """transformers' older name for calling the tokenizer with one text."""
@@ -359,7 +383,7 @@ class CallableTokenizer(SpecialTokens):
         Raises:
             UnicodeDecodeError: with ``errors="strict"``, where the bytes are no UTF-8.
             ValueError: an id is negative.
-            TypeError: an unknown keyword.
+            TypeError: an id is no integer, or an unknown keyword.
         """
         # transformers' switch between source and target vocabulary and its spacing option have nothing to act on here
         for name in ("use_source_tokenizer", "spaces_between_special_tokens"):
@@ -377,9 +401,18 @@ class CallableTokenizer(SpecialTokens):
         """The text of one sequence."""
         raise NotImplementedError
 
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
-        """A list of texts, one per row of ``sequences``; see :meth:`decode`."""
-        return [self.decode(row, skip_special_tokens, **kwargs) for row in _as_lists(sequences)[0]]
+    def batch_decode(
+        self,
+        sequences: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """A list of texts, one per row of ``sequences``, or one for a single row [seq]; see :meth:`decode`."""
+        rows = _as_lists(sequences)[0]
+        if rows and not isinstance(rows[0], list | tuple):
+            rows = [rows]
+        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces, **kwargs) for row in rows]
 
 
 def _side(name: str, value: str | None, default: str) -> str:

@@ -7,6 +7,7 @@ that ``errors`` is honoured and streams never show half a character.
 
 import codecs
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -102,7 +103,7 @@ class GPT2Tokenizer(BpeTokenizer):
         return pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
 
     def _decode(self, ids: Sequence[int], skip_special_tokens: bool, clean: bool | None) -> str:
-        data = b"".join(self.id_to_bytes(int(token_id), skip_special_tokens) for token_id in ids)
+        data = b"".join(self.id_to_bytes(operator.index(token_id), skip_special_tokens) for token_id in ids)
         return data.decode("utf-8", self.errors)
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from gpt2rt.checkpoint.upload import PushToHub
+from gpt2rt.checkpoint.upload import PushToHub, upload, upload_options
 from gpt2rt.errors import TokenizerError
 from gpt2rt.tokenizers.base import CallableTokenizer
 from gpt2rt.tokenizers.chat import ChatTemplates
@@ -389,6 +389,10 @@ class PreTrainedTokenizerBase(PushToHub, ChatTemplates, CallableTokenizer):
         save_directory: str | os.PathLike[str],
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
+        push_to_hub: bool = False,
+        *,
+        token: str | bool | None = None,
+        **kwargs: Any,
     ) -> tuple[str, ...]:
         """Write the whole tokenizer so that this class and transformers read it back.
 
@@ -396,14 +400,20 @@ class PreTrainedTokenizerBase(PushToHub, ChatTemplates, CallableTokenizer):
             save_directory: a folder, made if needed.
             legacy_format: True leaves ``tokenizer.json`` out, False leaves the vocabulary files of the class out, None
                 writes both.
-            filename_prefix: put before the names of the vocabulary files.
+            filename_prefix: put before the names of the files.
+            push_to_hub: upload the files written afterwards; further keywords are those of :meth:`push_to_hub`, and
+                ``repo_id`` is the folder's name by default.
+            token: access token for ``push_to_hub``.
         Returns:
             the paths written.
         Raises:
-            CheckpointError: writing failed.
+            CheckpointError: writing or uploading failed.
+            ValueError: an argument is one of transformers' that gpt2rt does not honour.
+            TypeError: an unknown keyword.
         """
         from gpt2rt.checkpoint.atomic import make_folder, write_text
 
+        options = upload_options(kwargs, push_to_hub)
         folder = make_folder(save_directory)
         contents = {}
         if legacy_format is True and not self.vocab_files_names:
@@ -421,6 +431,8 @@ class PreTrainedTokenizerBase(PushToHub, ChatTemplates, CallableTokenizer):
         written = tuple(map(str, paths))
         if legacy_format is not False and self.vocab_files_names:
             written += self.save_vocabulary(folder, filename_prefix)
+        if push_to_hub:
+            upload(folder, [Path(path).name for path in written], token=token, **options)
         return written
 
     def _config(self) -> dict[str, Any]:

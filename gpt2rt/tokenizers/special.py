@@ -1,5 +1,6 @@
 """Special and added tokens: their attributes, their ids, and adding new ones."""
 
+import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -155,13 +156,14 @@ class SpecialTokens:
 
         Raises:
             ValueError: an id is negative.
+            TypeError: an id is no integer.
         """
         if isinstance(ids, int):
             if ids < 0:
                 raise ValueError(f"token id {ids} is negative; ids go from 0 to {len(self) - 1}")
             return self._backend.id_to_token(ids)
-        kept = [int(i) for i in ids if not (skip_special_tokens and int(i) in self._special_ids)]
-        return [self.convert_ids_to_tokens(i) for i in kept]
+        left_out = self._special_ids if skip_special_tokens else ()
+        return [self.convert_ids_to_tokens(i) for i in map(operator.index, ids) if i not in left_out]
 
     def get_special_tokens_mask(
         self,

@@ -219,6 +219,7 @@ def test_all_tasks_are_known():
         (("--task", "text-generation", "--input", "nothing.json"), "--input nothing.json is no file"),
         (("--task", "text-generation", "--input", "nothing.txt"), "format of nothing.txt cannot be told from its name"),
         (("--task", "text-generation", "--output", "no/such/x.json"), "the folder .*no/such does not exist"),
+        (("--task", "text-generation", "--output", ".", "--overwrite"), "--output . is a folder; name the file in it"),
         (("--task", "text-generation", "--device", "moon"), "--device must be cpu, cuda, cuda:N, or a number"),
         (("--task", "text-generation", "--batch-size", "0"), "--batch-size must be at least 1"),
         (("--task", "text-generation", "--dtype", "int3"), "--dtype must be one of"),
@@ -257,6 +258,14 @@ def test_damaged_input(run, one_sentence, classifier, tmp_path, name, content, o
     assert code == 1
     assert re.search(message, one_sentence(err))
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_file_without_results_writes_nothing(run, classifier, tmp_path):
+    (tmp_path / "in.json").write_text("[7]")
+    arguments = ("run", "--task", "text-classification", "-m", classifier, "--input", tmp_path / "in.json")
+    assert run(*arguments)[:2] == (1, "")
+    (tmp_path / "in.json").write_text("[]")
+    assert run(*arguments)[:2] == (0, "[]\n")
 
 
 def test_a_damaged_pipe(run, stdin, classifier, save, one_sentence):

@@ -1,11 +1,13 @@
 """Text generation gives transformers' results."""
 
+import random
 import warnings
 
+import numpy
 import pytest
 import torch
 
-from gpt2rt import GenerationConfig, OpenAIGPTConfig, OpenAIGPTLMHeadModel, OpenAIGPTTokenizer, pipeline
+from gpt2rt import GenerationConfig, OpenAIGPTConfig, OpenAIGPTLMHeadModel, OpenAIGPTTokenizer, pipeline, set_seed
 
 from .conftest import TEXTS, make_tokenizer
 
@@ -205,6 +207,25 @@ def test_seeds(pipe):
     torch.manual_seed(1)
     assert pipe("a", **options) == first
     assert pipe("a", seed=3, **options) == pipe("a", seed=3, **options)
+
+
+def test_set_seed_makes_a_script_repeatable(pipe):
+    def draws():
+        numbers = random.random(), numpy.random.rand(), float(torch.rand(1))  # noqa: NPY002
+        return pipe("a", max_new_tokens=20, num_return_sequences=2), numbers
+
+    set_seed(42)
+    first = draws()
+    assert draws() != first
+    set_seed(42)
+    assert draws() == first
+    set_seed(43)
+    assert draws()[0] != first[0]
+    try:
+        set_seed(1, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_streamer(pipe, tokenizer):

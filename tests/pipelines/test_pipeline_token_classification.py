@@ -113,6 +113,8 @@ def test_refusals(model, tokenizer):
     pipe = pipeline("ner", model=model, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="At least one input is required"):
         pipe([])
+    with pytest.raises(ValueError, match="an input is a text, got int"):
+        pipe(1)
     with pytest.raises(ValueError, match="aggregation_strategy = 'sum', but it must be one of none, simple, first"):
         pipe("a", aggregation_strategy="sum")
     with pytest.raises(ValueError, match="stride reads a text in overlapping pieces"):

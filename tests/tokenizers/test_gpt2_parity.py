@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 
 from gpt2rt import GPT2Tokenizer
 from gpt2rt.tokenizers import StreamDecoder
@@ -175,3 +176,30 @@ def test_files_travel_both_ways(gpt2, theirs, texts, tmp_path, hf):
         assert tokenizer(batch)["input_ids"] == expected
         assert (tokenizer.pad_token, tokenizer.pad_token_id, len(tokenizer)) == ("<|pad|>", 50259, 50260)
         assert tokenizer.decode(expected[-1], skip_special_tokens=True) == "a <fun> two wordsx"
+
+
+def test_arguments_by_position(gpt2, theirs):
+    for tokenizer in (gpt2, theirs):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        tokenizer.add_bos_token = True
+    call = (["one two three four", "five"], None, None, None, False, "max_length", True, 6, 0, False, 6, "left", "np")
+    ours, expected = gpt2(*call), theirs(*call)
+    assert ours.keys() == expected.keys()
+    assert all((ours[name] == expected[name]).all() for name in expected)
+    encode = ("one two three", "four", False, "max_length", "only_first", 3, 0, "left", "pt")
+    assert gpt2.encode(*encode).tolist() == theirs.encode(*encode).tolist()
+    assert gpt2.encode("one two", None, False) == theirs.encode("one two", None, False)
+    assert gpt2.batch_decode([[11, 50256], [12]], True, False) == theirs.batch_decode([[11, 50256], [12]], True, False)
+
+
+def test_a_single_row_is_decoded_as_one_text(gpt2, theirs):
+    ids = gpt2("Hello world")["input_ids"]
+    for row in (ids, torch.tensor(ids), [torch.tensor(i) for i in ids]):
+        assert gpt2.batch_decode(row) == theirs.batch_decode(row) == ["Hello world"]
+
+
+@pytest.mark.parametrize("ids", [[1.5], torch.tensor([1.0]), "a"])
+def test_ids_that_are_no_integers_are_refused(gpt2, openai_gpt, ids):
+    for tokenizer in (gpt2, openai_gpt):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            tokenizer.decode(ids)

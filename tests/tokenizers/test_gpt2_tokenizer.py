@@ -434,3 +434,12 @@ def test_training():
     assert again.get_vocab() == tokenizer.get_vocab()
     with pytest.raises(ValueError, match="vocab_size = 256, but it must be at least 257"):
         GPT2Tokenizer.train_from_iterator(texts, 256)
+
+
+@pytest.mark.proves("fault:F42")
+@pytest.mark.parametrize(
+    "text", ["a\0b", "\0", "x" * 200_000, "\u202eabc\u202c \u200f"], ids=["nul", "only", "long", "rtl"]
+)
+def test_strange_texts_survive_the_round_trip(text):
+    tokenizer = GPT2Tokenizer.from_pretrained("gpt2rt/tiny-gpt2")
+    assert tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
