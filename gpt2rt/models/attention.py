@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .layers import is_traced, is_transformed
 from .ragged import RaggedLayout
 
 # additive masks mark a forbidden key with -inf or with the lowest value of some dtype; float16 has the highest lowest
@@ -27,8 +28,11 @@ def causal_allowed(query_len: int, key_len: int, device: torch.device) -> Tensor
 
 
 def values_readable(x: Tensor) -> bool:
-    """Whether Python may look at the values: not on an accelerator (it would wait for the device), not when tracing."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether Python may look at the values: not on an accelerator (it would wait for the device), not when tracing.
+
+    Nor inside torch.func's transforms, where a tensor may stand for a whole batch of them.
+    """
+    return x.device.type == "cpu" and not is_traced() and not is_transformed()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +163,28 @@ def cross_attention_mask(
     if mask.dim() in (3, 4):
         return _complete_mask(mask.unsqueeze(1) if mask.dim() == 3 else mask, batch, n_head, query_len, attention_mask)
     raise _shape_error(attention_mask, batch, n_head, query_len, key_len)
+
+
+def as_mask(mask: AttentionMask | Tensor | None, query: Tensor, key_len: int, causal: bool) -> AttentionMask:
+    """The mask of one attention module, which callers may also run by itself.
+
+    Args:
+        mask: from the model; or of 4 dimensions as :func:`self_attention_mask` takes them; None: causality alone.
+        query: [batch, n_head, query_len, head_dim].
+        key_len: keys, past ones included.
+        causal: False: None stands for no mask at all.
+
+    Raises:
+        ValueError: a tensor that does not fit.
+    """
+    if isinstance(mask, AttentionMask):
+        return mask
+    batch, n_head, query_len, _ = query.shape
+    if mask is None:
+        return _without_mask(query_len, key_len, None, query.device) if causal else AttentionMask()
+    if mask.dim() != 4 or mask.size(-1) != key_len:
+        raise _shape_error(mask, batch, n_head, query_len, key_len)
+    return _complete_mask(mask.to(query.device), batch, n_head, query_len, mask)
 
 
 def _without_mask(query_len: int, key_len: int, packed_positions: Tensor | None, device: torch.device) -> AttentionMask:

@@ -174,6 +174,20 @@ class DynamicCache:
                 index = beam_idx.to(layer.keys.device)
                 layer.set(layer.keys.index_select(0, index), layer.values.index_select(0, index))
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Let each row of the batch stand ``repeats`` times, one copy behind the other."""
+        for layer in self.layers:
+            if layer.keys is not None and layer.values is not None:
+                layer.set(layer.keys.repeat_interleave(repeats, 0), layer.values.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch; the same as :meth:`reorder_cache`."""
+        self.reorder_cache(indices)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.layers.clear()
+
     def __len__(self) -> int:
         return len(self.layers)
 
@@ -228,6 +242,22 @@ class EncoderDecoderCache:
         """As :meth:`DynamicCache.reorder_cache`, on both halves."""
         self.self_attention_cache.reorder_cache(beam_idx)
         self.cross_attention_cache.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As :meth:`DynamicCache.batch_repeat_interleave`, on both halves."""
+        self.self_attention_cache.batch_repeat_interleave(repeats)
+        self.cross_attention_cache.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As :meth:`DynamicCache.batch_select_indices`, on both halves."""
+        self.self_attention_cache.batch_select_indices(indices)
+        self.cross_attention_cache.batch_select_indices(indices)
+
+    def reset(self) -> None:
+        """Forget all tokens, and the encoder's states."""
+        self.self_attention_cache.reset()
+        self.cross_attention_cache.reset()
+        self.is_updated = dict.fromkeys(self.is_updated, False)
 
     def __len__(self) -> int:
         return len(self.self_attention_cache)

@@ -170,17 +170,14 @@ class GPT2Model(Trunk, GPT2PreTrainedModel):
         )
 
         states: list[Tensor | None] = []
-        attentions: list[Tensor | None] = []
-        cross_attentions: list[Tensor | None] = []
+        attentions: list[tuple[Tensor, Tensor | None]] | None = [] if output_attentions else None
         for i, block in enumerate(self.h):
             states.append(hidden if i in wanted_states else None)
-            arguments = (hidden, cache, mask, encoder_hidden_states, encoder_mask, head_masks[i], output_attentions)
+            arguments = (hidden, cache, mask, encoder_hidden_states, encoder_mask, head_masks[i], attentions)
             if self.gradient_checkpointing is not None and self.training:
-                hidden, probs, cross_probs = checkpoint(block, *arguments, **self.gradient_checkpointing)
+                hidden = checkpoint(block, *arguments, **self.gradient_checkpointing)
             else:
-                hidden, probs, cross_probs = block(*arguments)
-            attentions.append(probs)
-            cross_attentions.append(cross_probs)
+                hidden = block(*arguments)
         normed = self.ln_f(hidden)
         hidden = (normed if mask.layout is None else mask.layout.spread(normed)).view(*leading, seq_len, config.n_embd)
         states.append(hidden if config.n_layer in wanted_states else None)
@@ -189,9 +186,9 @@ class GPT2Model(Trunk, GPT2PreTrainedModel):
             last_hidden_state=hidden,
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(states) if wanted_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=None if attentions is None else tuple(probs for probs, _ in attentions),
             cross_attentions=(
-                tuple(cross_attentions) if output_attentions and encoder_hidden_states is not None else None
+                None if attentions is None or encoder_hidden_states is None else tuple(probs for _, probs in attentions)
             ),
         )
         self._note_shared(output, mask, normed, cache, batch)

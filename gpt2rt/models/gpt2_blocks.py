@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gpt2rt import ops
 from gpt2rt.config import GPT2Config
 
-from .attention import AttentionMask, attend
+from .attention import AttentionMask, as_mask, attend
 from .layers import Activation, Conv1D, LayerNorm, as_rows, end_branch, is_plain, runs_kernels
 
 
@@ -32,7 +32,7 @@ class GPT2Attention(nn.Module):
     def __init__(self, config: GPT2Config, is_cross_attention: bool = False, layer_idx: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.embed_dim = config.n_embd
+        self.embed_dim = self.split_size = config.n_embd
         self.num_heads = config.n_head
         self.head_dim = config.n_embd // config.n_head
         self.is_cross_attention = is_cross_attention
@@ -61,7 +61,7 @@ class GPT2Attention(nn.Module):
         self,
         hidden_states: Tensor,
         past_key_values: Any = None,
-        attention_mask: AttentionMask | None = None,
+        attention_mask: AttentionMask | Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         head_mask: Tensor | None = None,
         output_attentions: bool = False,
@@ -71,7 +71,7 @@ class GPT2Attention(nn.Module):
         Args:
             hidden_states: [batch, seq_len, n_embd], normalised.
             past_key_values: the cache, which is appended to, or None.
-            attention_mask: what the tokens may see, of the past too.
+            attention_mask: what the tokens may see, of the past too; see :func:`gpt2rt.models.attention.as_mask`.
             encoder_hidden_states: [batch, encoder_len, n_embd], for cross attention.
             head_mask: [n_head], factors on the probabilities.
             output_attentions: return the probabilities.
@@ -79,7 +79,6 @@ class GPT2Attention(nn.Module):
         Returns:
             [batch, seq_len, n_embd], and the probabilities [batch, n_head, seq_len, key_len] or None.
         """
-        mask = AttentionMask() if attention_mask is None else attention_mask
         layout = None
         if self.is_cross_attention:
             (query,) = self._heads(self.q_attn(hidden_states), 1)
@@ -87,8 +86,9 @@ class GPT2Attention(nn.Module):
         else:
             qkv = self.c_attn(hidden_states)
             query, key, value = self._heads(qkv, 3)
-            if not output_attentions and head_mask is None and runs_kernels(self, qkv):
-                layout = mask.layout
+            wants_more = output_attentions or head_mask is not None
+            if isinstance(attention_mask, AttentionMask) and not wants_more and runs_kernels(self, qkv):
+                layout = attention_mask.layout
             if past_key_values is not None:
                 key_len = int(past_key_values.get_seq_length(self.layer_idx)) + key.size(2)
                 own = getattr(past_key_values, "self_attention_cache", past_key_values)
@@ -103,7 +103,7 @@ class GPT2Attention(nn.Module):
             query,
             key,
             value,
-            mask,
+            as_mask(attention_mask, query, key.size(2), causal=not self.is_cross_attention),
             self.scaling,
             dropout_p=self.attn_dropout.p if self.training else 0.0,
             head_mask=head_mask,
@@ -180,14 +180,21 @@ class GPT2Block(nn.Module):
         self,
         hidden_states: Tensor,
         past_key_values: Any = None,
-        attention_mask: AttentionMask | None = None,
+        attention_mask: AttentionMask | Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: AttentionMask | None = None,
+        encoder_attention_mask: AttentionMask | Tensor | None = None,
         head_mask: Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Arguments as in :class:`GPT2Attention`. Returns the new hidden states and both kinds of probabilities."""
-        arguments: dict[str, Any] = {"head_mask": head_mask, "output_attentions": output_attentions}
+        attentions: list[tuple[Tensor, Tensor | None]] | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states: [batch, seq_len, n_embd].
+            attentions: where to append the probabilities over the tokens and over the encoder's states, or None.
+            **others: as in :meth:`GPT2Attention.forward`.
+        Returns:
+            [batch, seq_len, n_embd], the one thing that hooks on a block see, as in transformers.
+        """
+        arguments: dict[str, Any] = {"head_mask": head_mask, "output_attentions": attentions is not None}
         normed = self.ln_1(hidden_states)
         # a hook on a module sees its own output, so the residual is added inside plain modules only
         if is_plain(self.attn, GPT2Attention):
@@ -212,4 +219,7 @@ class GPT2Block(nn.Module):
             hidden_states = self.mlp(normed, hidden_states)
         else:
             hidden_states = hidden_states + self.mlp(normed)
-        return hidden_states, probs, cross_probs
+        if attentions is not None:
+            assert probs is not None
+            attentions.append((probs, cross_probs))
+        return hidden_states

@@ -18,6 +18,21 @@ from gpt2rt import ops
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def is_transformed() -> bool:
+    """Whether tensors may stand for a batch or carry a tangent: inside ``torch.func`` or forward-mode differentiation.
+
+    Always False for torch.compile, which cannot ask.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace records this call: its values stand for others."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def runs_kernels(module: nn.Module, *inputs: Tensor) -> bool:
     """Whether this call of ``module`` runs ``gpt2rt.ops`` rather than torch's differentiable functions.
 
@@ -26,20 +41,48 @@ def runs_kernels(module: nn.Module, *inputs: Tensor) -> bool:
         *inputs: its tensors, weights included.
 
     Returns:
-        False in training mode, when a gradient is recorded, under autocast (which picks dtypes by torch function), and
-        for dtypes that the kernels do not store, such as float64.
+        False in training mode, when a gradient is recorded, under autocast (which picks dtypes by torch function),
+        under torch.jit.trace (whose graphs may leave for where gpt2rt is not), inside torch.func's transforms, and for
+        dtypes that the kernels do not store, such as float64.
     """
     if module.training or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         return False
     if any(t.dtype not in KERNEL_DTYPES or t.dtype != inputs[0].dtype for t in inputs):
         return False
-    return not torch.is_autocast_enabled(inputs[0].device.type)
+    return not (torch.is_autocast_enabled(inputs[0].device.type) or torch.jit.is_tracing() or is_transformed())
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether ``module`` is exactly a ``kind`` with nothing hooked to it, so that a fused form may stand in for it."""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not is_watched(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a caller hooked something to ``module``, or gave this one object a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def computes_alone(module: nn.Module, weight: Tensor) -> bool:
+    """Whether ``module`` and all below it run on the kernels, and nobody watches them or put own layers among them.
+
+    Only then may tokens be computed in another shape than the caller's [batch, seq_len]: nobody can tell.
+
+    Args:
+        module: the bare model.
+        weight: one of its weights, with whose dtype all others are compared.
+    """
+    parameters = [p for p in module._parameters.values() if p is not None]
+    return (
+        type(module).__module__.partition(".")[0] in ("gpt2rt", "torch")
+        and not is_watched(module)
+        and runs_kernels(module, weight, *parameters)
+        and all(computes_alone(child, weight) for child in module._modules.values() if child is not None)
     )
 
 

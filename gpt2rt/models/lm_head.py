@@ -73,7 +73,7 @@ def token_logits(head: nn.Module, base: Any, logits_to_keep: int | Tensor = 0) -
     """
     shared, hidden = base.shared_rows, base.last_hidden_state
     everything = isinstance(logits_to_keep, int) and logits_to_keep == 0
-    if shared is not None and everything and is_plain(head, nn.Linear):
+    if shared is not None and shared.whole is hidden and everything and is_plain(head, nn.Linear):
         return project(head, shared.rows)[shared.places].view(*hidden.shape[:-1], -1)
     return project(head, keep_positions(hidden, logits_to_keep))
 

@@ -157,15 +157,16 @@ class OpenAIGPTModel(Trunk, OpenAIGPTPreTrainedModel):
             hidden = mask.layout.gather(hidden)
 
         states: list[Tensor | None] = []
-        attentions: list[Tensor | None] = []
+        attentions: list[Tensor] = []
         for i, block in enumerate(self.h):
             states.append(hidden if i in wanted_states else None)
             arguments = (hidden, cache, mask, head_masks[i], output_attentions)
             if self.gradient_checkpointing is not None and self.training:
-                hidden, probs = checkpoint(block, *arguments, **self.gradient_checkpointing)
+                outputs = checkpoint(block, *arguments, **self.gradient_checkpointing)
             else:
-                hidden, probs = block(*arguments)
-            attentions.append(probs)
+                outputs = block(*arguments)
+            hidden = outputs[0]
+            attentions += outputs[1:]
         last = hidden
         hidden = (last if mask.layout is None else mask.layout.spread(last)).view(*leading, seq_len, config.n_embd)
         states.append(hidden if config.n_layer in wanted_states else None)

@@ -52,10 +52,10 @@ class OpenAIGPTBlock(nn.Module):
         self,
         hidden_states: Tensor,
         past_key_values: Any = None,
-        attention_mask: AttentionMask | None = None,
+        attention_mask: AttentionMask | Tensor | None = None,
         head_mask: Tensor | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ...]:
         """
         Args:
             hidden_states: [batch, seq_len, n_embd].
@@ -64,7 +64,7 @@ class OpenAIGPTBlock(nn.Module):
             head_mask: [n_head], factors on the probabilities.
             output_attentions: return the probabilities.
         Returns:
-            [batch, seq_len, n_embd], and the probabilities [batch, n_head, seq_len, key_len] or None.
+            [batch, seq_len, n_embd], and if wanted the probabilities [batch, n_head, seq_len, key_len].
         """
         arguments: dict[str, Any] = {"head_mask": head_mask, "output_attentions": output_attentions}
         # a hook on a module sees its own output, so the residual is added inside plain modules only
@@ -77,4 +77,5 @@ class OpenAIGPTBlock(nn.Module):
             added = branch + hidden_states
         normed = self.ln_1(added)
         added = self.mlp(normed, normed) if is_plain(self.mlp, GPT2MLP) else normed + self.mlp(normed)
-        return self.ln_2(added), probs
+        hidden_states = self.ln_2(added)
+        return (hidden_states,) if probs is None else (hidden_states, probs)

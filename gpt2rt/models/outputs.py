@@ -34,7 +34,7 @@ class ModelOutput(OrderedDict):
 
     _names: ClassVar[tuple[str, ...]] = ()
 
-    # not a field: what the model's own head may use instead of last_hidden_state, see ragged.project_all
+    # not a field: what the model's own head may use instead of last_hidden_state, see lm_head.token_logits
     shared_rows: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

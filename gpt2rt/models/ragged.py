@@ -13,7 +13,7 @@ of 8 x 128 tokens of the 124M shape a third slower on two cores.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from gpt2rt import ops
+
+from .layers import is_traced
 
 if TYPE_CHECKING:
     from .attention import AttentionMask
@@ -165,14 +167,22 @@ class SharedRows:
     Attributes:
         rows: [num_tokens, n_embd].
         places: as in :class:`RaggedLayout`.
+        whole: [*leading, seq_len, n_embd], the same spread out; where an output holds another tensor, the rows are
+            no longer its own.
     """
 
     rows: Tensor
     places: Tensor
+    whole: Tensor
 
 
 def with_layout(
-    mask: AttentionMask, batch: int, seq_len: int, past_len: int, tokens: Sequence[Tensor] = ()
+    mask: AttentionMask,
+    batch: int,
+    seq_len: int,
+    past_len: int,
+    tokens: Sequence[Tensor],
+    may_share: Callable[[], bool],
 ) -> AttentionMask:
     """The mask with a layout, if the paged kernels can do it: on the CPU, without a past, causality and keys alone.
 
@@ -182,9 +192,10 @@ def with_layout(
         past_len: tokens in the cache.
         tokens: [batch or 1, seq_len] each: all that a token's embedding is made of, to share common beginnings of
             consecutive rows; empty to share nothing.
+        may_share: whether nobody can tell that they are computed once; asked only if there are some, for it costs time.
     """
     simple = mask.causal or (mask.kept is not None and mask.level is None)
-    if past_len or seq_len == 1 or not simple or torch.compiler.is_compiling():
+    if past_len or seq_len == 1 or not simple or is_traced():
         return mask
     if not ops.extension_status().loaded or (mask.kept is not None and mask.kept.device.type != "cpu"):
         return mask
@@ -194,4 +205,6 @@ def with_layout(
         same = torch.ones((batch - 1, seq_len), dtype=torch.bool)
         for x in features:
             same &= x[1:] == x[:-1]
+        if not bool(same[:, :_BLOCK_SIZE].all(dim=1).any()) or not may_share():
+            same = None
     return dataclasses.replace(mask, layout=RaggedLayout.of(mask.kept, batch, seq_len, same))

@@ -14,10 +14,32 @@ from .attention import AttentionMask
 from .cache import DynamicCache, as_cache
 from .checkpointing import GradientCheckpointing
 from .inputs import as_batch, check_ids, check_length
-from .layers import is_plain, runs_kernels
+from .layers import computes_alone, is_plain, is_watched, runs_kernels
 from .outputs import ModelOutput
 from .pretrained import PreTrainedModel
 from .ragged import SharedRows, with_layout
+
+# the layers of torch that the bare models are built from
+_TORCH_LAYERS = (nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList)
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether ``module`` is no layer that these models are built from, or one whose weight is computed from others."""
+    known = type(module) in _TORCH_LAYERS or type(module).__module__.startswith("gpt2rt.")
+    # where torch's hooks make a weight from others, it is a plain attribute
+    return not known or not module.__dict__.keys().isdisjoint(("weight", "bias"))
+
+
+def _replaced_head(head: nn.Module) -> bool:
+    plain = type(head) is nn.Linear and head.bias is None
+    return not plain or not head.__dict__.keys().isdisjoint(("weight", "bias"))
+
+
+def _not_plain(name: str, module: nn.Module) -> str:
+    return (
+        f"{name} is not the layer that the model was built with, but {type(module).__name__}(...) or one with a pruned "
+        "or computed weight"
+    )
 
 
 class DecoderPreTrainedModel(GradientCheckpointing, PreTrainedModel):
@@ -28,12 +50,38 @@ class DecoderPreTrainedModel(GradientCheckpointing, PreTrainedModel):
 
         A language model's ``lm_head.weight`` is always there; tied, it shares the memory of the token embedding. Other
         heads are not part of the graph.
+
+        Raises:
+            ValueError: a layer was replaced by one of another kind, or its weight is computed from others.
         """
+        changed = self._replaced_layer()
+        if changed is not None:
+            raise ValueError(
+                f"{changed}, and a graph knows only the published layers: merge adapters into the weights, make "
+                "pruning and parametrizations permanent, or leave the choice of the executor to gpt2rt"
+            )
         weights = {name: parameter.detach() for name, parameter in self.base_model.named_parameters()}
         head = self.get_output_embeddings()
         if head is not None:
             weights["lm_head.weight"] = head.get_parameter("weight").detach()
         return weights
+
+    def _replaced_layer(self) -> str | None:
+        for name, module in self.base_model.named_modules():
+            if name and _replaced(module):
+                return _not_plain(name, module)
+        head = self.get_output_embeddings()
+        return _not_plain("lm_head", head) if head is not None and _replaced_head(head) else None
+
+    def changed_layer(self) -> str | None:
+        """What makes forward compute something else than the graph, in a clause: a hook, or a layer of another kind."""
+        for name, module in self.named_modules():
+            if is_watched(module):
+                return f"{name or type(self).__name__} has hooks or a forward of its own"
+        for model in (self, self.base_model):
+            if not type(model).forward.__module__.startswith("gpt2rt."):
+                return f"{type(model).__name__} has a forward of its own"
+        return self._replaced_layer()
 
     def _finish(self, return_dict: bool | None, output: ModelOutput) -> Any:
         """The output, or its values as a tuple."""
@@ -151,7 +199,7 @@ class Trunk(nn.Module):
         tokens: list[Tensor] = []
         if share and input_ids is not None:
             tokens = [x for x in (input_ids.reshape(shape), *others) if x is not None]
-        return with_layout(mask, *shape, past_len, tokens)
+        return with_layout(mask, *shape, past_len, tokens, lambda: computes_alone(self, weight))
 
     def _note_shared(self, output: ModelOutput, mask: AttentionMask, last: Tensor, cache: Any, batch: int) -> None:
         """Bring a new cache into the caller's shape, and let the head know which rows stand for several places."""
@@ -159,7 +207,7 @@ class Trunk(nn.Module):
             return
         if cache is not None:
             mask.layout.spread_cache(cache, batch)
-        output.shared_rows = SharedRows(last[0], mask.layout.places)
+        output.shared_rows = SharedRows(last[0], mask.layout.places, output[0])
 
 
 def last_tokens(model: PreTrainedModel, hidden: Tensor, input_ids: Tensor | None) -> Tensor:

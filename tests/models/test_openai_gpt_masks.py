@@ -119,7 +119,7 @@ def test_gradients_with_tokens_that_may_see_nothing(hf, ids):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=5e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.proves("D8")
+@pytest.mark.proves("D8", "O6")
 def test_masks_per_query_and_per_choice(path, ids):
     """transformers reads only [batch, seq_len] and breaks on every other shape."""
     model = make()
