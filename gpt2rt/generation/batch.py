@@ -111,8 +111,8 @@ class CachedRows:
         self.sequences: list[Sequence | None] = [None] * len(max_tokens)
         self._max_tokens = max_tokens
         self._device = executor.plan.device
-        # the batch of the last step of one token a row, and its rows
         self._batch: DecodeBatch | None = None
+        # the rows whose block tables are in the batch; none once a table may have changed
         self._batch_rows: list[int] = []
 
     def sequence(self, row: int) -> Sequence:
@@ -156,7 +156,7 @@ class CachedRows:
 
     def compute(self, tokens: ListLike[ListLike[int]], rows: ListLike[int]) -> Tensor:
         """[len(rows), vocab_size] float32: compute further tokens of some rows; the logits after each row's last."""
-        self._batch = None
+        self._batch_rows = []
         return compute(self.executor, self.cache, tokens, [self.sequence(row) for row in rows])
 
     def compute_all(
@@ -172,7 +172,7 @@ class CachedRows:
         Returns:
             [len(wanted), vocab_size] float32.
         """
-        self._batch = None
+        self._batch_rows = []
         sequences = [self.sequence(row) for row in rows]
         batch = StepBatch.build(tokens, sequences, all_logits=True, device=self._device)
         if wanted is not None:
@@ -181,20 +181,35 @@ class CachedRows:
 
     def next(self, tokens: ListLike[int], rows: list[int]) -> Tensor:
         """[len(rows), vocab_size]: compute one further token of each of some rows."""
-        if self._batch is None or self._batch_rows != rows:
-            longest = max(self._max_tokens[row] for row in rows)
-            self._batch = DecodeBatch(len(rows), self.cache.blocks_for(longest), self._device)
+        if self._batch is None:
+            max_blocks = self.cache.blocks_for(max(self._max_tokens))
+            self._batch = DecodeBatch(len(self.sequences), max_blocks, self._device)
+        if self._batch_rows != rows:
             self._batch.set_sequences([self.sequence(row) for row in rows])
             self._batch_rows = list(rows)
         return self._step(self._batch.next(tokens))
+
+    def reorder(self, first: int, parents: ListLike[int]) -> None:
+        """Let neighbouring rows go on from others of them: forks of block tables, no copies.
+
+        Args:
+            first: the first of the rows, all of them begun.
+            parents: for each of the rows, whose past it gets, counted from ``first``.
+        """
+        old = [self.sequence(first + place) for place in range(len(parents))]
+        for place, parent in enumerate(parents):
+            self.sequences[first + place] = old[parent].fork() if parent in parents[:place] else old[parent]
+        for place, sequence in enumerate(old):
+            if place not in parents:
+                sequence.free()
+        self._batch_rows = []
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of a row from ``length`` on, if it has been begun and has more."""
         sequence = self.sequences[row]
         if sequence is not None and length < sequence.length:
             sequence.truncate(length)
-            # its table of blocks may be an old one now
-            self._batch = None
+            self._batch_rows = []
 
     def free(self, rows: Iterable[int]) -> None:
         """Give the blocks of these rows back; rows without any are left alone."""

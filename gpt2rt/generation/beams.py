@@ -22,17 +22,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2rt.cache import PagedKVCache, Sequence
+from gpt2rt.cache import PagedKVCache
 from gpt2rt.errors import NumericsError, RequestError
 
-from .batch import DecodeBatch
-from .decode import BLOCK_SIZE, DecodePlan, Row, checked_scores, new_cache, prompt_keys
+from .batch import CachedRows
+from .decode import (
+    NO_IDS,
+    DecodePlan,
+    Row,
+    cache_lengths,
+    make_history,
+    new_cache,
+    processed_scores,
+    prompt_keys,
+    spread,
+)
 from .draw import sample_without_replacement
-from .history import History
 from .past import cache_columns
 from .random import uniform
 from .sampling import check_logits, quiet_threads
-from .starts import LayerPairs, compute, prefill, read_sequences
+from .starts import BLOCK_SIZE, LayerPairs, read_sequences
 from .stopping import StoppingCriteriaList
 
 # what transformers gives beams that must lose to every other; float32, so that adding to it rounds as there
@@ -127,7 +136,7 @@ class BeamSearch:
         length = self.num_new + 1
         ended = np.array(found.ended)
         closed = plan.early_stopping is True and self.full
-        if not closed:
+        if not closed and ended[:count].any():
             self._collect(found, found.scores / self._penalty(length))
         ranks = found.scores + np.where(ended, _LOST, np.float32(0))
         order = _best(ranks, count)
@@ -204,19 +213,11 @@ class BeamDecoder:
         self.logits: list[Tensor] = []
         self.moves: list[tuple[list[int], list[int]]] = []
         self.past: LayerPairs | None = None
-        self._num_rows = len(plan.prompts) * plan.num_beams
-        self._sequences: list[Sequence | None] = [None] * self._num_rows
+        lengths = [length for length in cache_lengths(plan) for _ in range(plan.num_beams)]
+        self.cached = CachedRows(plan.executor, self.cache, lengths)
         self._requests = prompt_keys(plan)
-        self._batch: DecodeBatch | None = None
-        looked_at = plan.processors or plan.warpers or plan.user_processors or plan.user_criteria
-        self._history = self._make_history() if looked_at else None
+        self._history = make_history(plan)
         self._began = 0.0
-
-    def _make_history(self) -> History:
-        plan = self.plan
-        longest = max(search.max_new for search in self.searches)
-        device = plan.executor.plan.device
-        return History(plan.columns, plan.keep, self._num_rows, longest, plan.pad_token_id, device)
 
     def steps(self) -> Generator[list[int], None, None]:
         """Search, step by step; each item holds the newest token of every running beam.
@@ -235,7 +236,7 @@ class BeamDecoder:
                     beam.stop_state = plan.stop_strings.begin(beam.ids)
         live = self.searches
         try:
-            logits = self._prefill()
+            logits = self.cached.prefill(plan.prompts, plan.num_beams, plan.starts, plan.prefill_chunk_size)
             while True:
                 found = self._candidates(self._log_probs(logits, live), live)
                 self._mark_ended(found, live)
@@ -245,14 +246,14 @@ class BeamDecoder:
                 yield self.moves[-1][1]
                 for search in live:
                     if search.done and not plan.output_past:
-                        self._free(self._rows_of(search))
+                        self.cached.free(self._rows_of(search))
                 live = [search for search in live if not search.done]
                 if not live:
                     self._finish()
                     return
                 logits = self._next(live)
         finally:
-            self._free(range(self._num_rows))
+            self.cached.free(range(plan.num_rows))
 
     def _rows_of(self, search: BeamSearch) -> range:
         return range(search.prompt * self.plan.num_beams, (search.prompt + 1) * self.plan.num_beams)
@@ -262,63 +263,31 @@ class BeamDecoder:
 
     # ---- the model -----------------------------------------------------------------------------------------------
 
-    def _prefill(self) -> Tensor:
-        """[num_rows, vocab_size]: each prompt once, whose cache its beams then share."""
-        plan, count = self.plan, self.plan.num_beams
-        firsts = [Sequence(self.cache) for _ in self.searches]
-        self._sequences[::count] = firsts
-        logits = prefill(plan.executor, self.cache, plan.prompts, firsts, plan.starts, plan.prefill_chunk_size)
-        for prompt, first in enumerate(firsts):
-            for beam in range(1, count):
-                self._sequences[prompt * count + beam] = first.fork()
-        return logits.repeat_interleave(count, dim=0)
-
     def _next(self, live: list[BeamSearch]) -> Tensor:
         """[number of running beams, vocab_size]: the logits after each beam's newest token."""
         rows = self._live_rows(live)
-        sequences = [sequence for row in rows if (sequence := self._sequences[row]) is not None]
         beams = [beam for search in live for beam in search.running]
-        executor = self.plan.executor
-        if not self.plan.use_cache:
-            for sequence in sequences:
-                sequence.truncate(0)
-            return compute(executor, self.cache, [beam.ids for beam in beams], sequences)
-        if self._batch is None:
-            longest = max(len(sequence) for sequence in sequences) + max(s.max_new - s.num_new for s in self.searches)
-            self._batch = DecodeBatch(self._num_rows, self.cache.blocks_for(longest), executor.plan.device)
-        # beams change places in every step, so their block tables are written anew
-        self._batch.set_sequences(sequences)
-        logits = executor.step(self._batch.next([beam.ids[-1] for beam in beams]), self.cache).logits
-        assert logits is not None
-        return logits
+        if self.plan.use_cache:
+            return self.cached.next([beam.ids[-1] for beam in beams], rows)
+        for row in rows:
+            self.cached.truncate(row, 0)
+        return self.cached.compute([beam.ids for beam in beams], rows)
 
     def _reorder(self, live: list[BeamSearch]) -> None:
-        """Give each running beam the cache of the beam it continues: forks of block tables, no copies."""
+        """Give each running beam the cache of the beam it continues."""
         count = self.plan.num_beams
-        origins, tokens = list(range(self._num_rows)), [self.plan.pad_token_id] * self._num_rows
+        num_rows = self.plan.num_rows
+        origins, tokens = list(range(num_rows)), [self.plan.pad_token_id] * num_rows
         for search in live:
             first = search.prompt * count
-            old = self._sequences[first : first + count]
-            for beam, parent in enumerate(search.parents):
-                sequence = old[parent]
-                assert sequence is not None
-                self._sequences[first + beam] = sequence.fork() if parent in search.parents[:beam] else sequence
-                origins[first + beam] = first + parent
-                tokens[first + beam] = search.running[beam].ids[-1]
-            for beam, sequence in enumerate(old):
-                if beam not in search.parents and sequence is not None:
-                    sequence.free()
+            self.cached.reorder(first, search.parents)
+            origins[first : first + count] = [first + parent for parent in search.parents]
+            tokens[first : first + count] = [beam.ids[-1] for beam in search.running]
         self.moves.append((origins, tokens))
         if self._history is not None:
             rows = self._live_rows(live)
             self._history.reorder(rows, [origins[row] for row in rows])
             self._history.put(live[0].num_new - 1, rows, [tokens[row] for row in rows])
-
-    def _free(self, rows: Any) -> None:
-        for row in rows:
-            sequence, self._sequences[row] = self._sequences[row], None
-            if sequence is not None:
-                sequence.free()
 
     # ---- candidates ----------------------------------------------------------------------------------------------
 
@@ -328,34 +297,15 @@ class BeamDecoder:
         if not plan.remove_invalid_values:
             check_logits(logits, rows)
         if plan.output_logits:
-            self.logits.append(self._all_rows(logits, rows).clone())
+            self.logits.append(spread(logits, rows, plan.num_rows).clone())
         with quiet_threads(logits):
             scores = torch.log_softmax(logits, dim=-1)
-        if self._history is not None:
-            scores = self._processed(self._history, scores, rows, step)
+        scores = processed_scores(plan, self._history, scores, rows, step)
+        with quiet_threads(scores):
+            scores = plan.warpers(NO_IDS, scores)
         if plan.output_scores:
-            self.scores.append(self._all_rows(scores, rows).clone())
+            self.scores.append(spread(scores, rows, plan.num_rows).clone())
         return scores
-
-    def _processed(self, history: History, scores: Tensor, rows: list[int], step: int) -> Tensor:
-        plan = self.plan
-        with quiet_threads(scores):
-            scores = plan.processors(history.ids(step, rows), scores, rows=rows)
-        if plan.user_processors:
-            columns, scores = history.columns(step), self._all_rows(scores, rows)
-            for processor in plan.user_processors:
-                scores = checked_scores(processor, processor(columns, scores), list(scores.shape))
-            scores = scores if len(rows) == self._num_rows else scores[rows]
-        with quiet_threads(scores):
-            return plan.warpers(history.ids(step, rows), scores, rows=rows)
-
-    def _all_rows(self, values: Tensor, rows: list[int]) -> Tensor:
-        """[batch * num_beams, vocab_size] from the running beams' values; those of prompts that are done are 0."""
-        if len(rows) == self._num_rows:
-            return values
-        everything = values.new_zeros(self._num_rows, values.size(1))
-        everything[rows] = values
-        return everything
 
     def _candidates(self, log_probs: Tensor, live: list[BeamSearch]) -> list[Candidates]:
         """The best continuations of each prompt, or a sample of them."""
@@ -437,7 +387,7 @@ class BeamDecoder:
                 self.origins.append(beam.origins)
         if plan.output_past:
             columns = cache_columns(plan, plan.num_beams, len(self.moves) - 1)
-            self.past = read_sequences(self._sequences, columns, self.cache)
+            self.past = read_sequences(self.cached.sequences, columns, self.cache)
 
 
 def _check_best(highest: list[float], live: list[BeamSearch]) -> None:

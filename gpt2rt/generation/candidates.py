@@ -17,18 +17,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gpt2rt.errors import NumericsError
+from gpt2rt.errors import NumericsError, RequestError
 from gpt2rt.graph import Executor, make_executor
 from gpt2rt.graph.plan import Head, NormQKV
 
 from .batch import CachedRows
-from .decode import DecodePlan, Row, make_cache
+from .decode import NO_IDS, DecodePlan, Row, make_cache
 from .history import History
 from .processors import LogitsProcessorList
 from .random import uniform
 from .sampling import check_logits, greedy, quiet_threads, sample
-
-_NO_IDS = torch.empty((0, 0), dtype=torch.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +218,7 @@ class Draft:
             goes_on = [False] * len(rows)
             if not places:
                 return chosen, goes_on
-            scores = plan.warpers(_NO_IDS, scores if len(places) == len(rows) else scores[places])
+            scores = plan.warpers(NO_IDS, scores if len(places) == len(rows) else scores[places])
             tokens = self._pick(scores, [rows[place] for place in places], added)
             sure = self._sure(scores, tokens)
         for place, token, certain in zip(places, tokens, sure, strict=True):
@@ -286,7 +284,15 @@ def early_exit(executor: Executor, num_layers: int) -> Executor:
     Args:
         executor: of the whole model.
         num_layers: 1 to ``executor.plan.n_layer``.
+
+    Raises:
+        RequestError: the model runs module by module, so it has no graph to cut.
     """
+    if not executor.plan.nodes:
+        raise RequestError(
+            "assistant_early_exit runs the first layers of the model's graph, but this model runs module by module; "
+            "remove its hooks, or merge what was put in place of its layers"
+        )
     made = _EARLY_EXITS.setdefault(executor, {})
     if num_layers not in made:
         plan = executor.plan

@@ -51,7 +51,7 @@ class GenerationConfig:
         stop_strings: one text or several; a row ends with the token that completes one (``generate`` needs
             ``tokenizer=`` then).
         do_sample: draw from the distribution instead of taking the likeliest token.
-        temperature: above 0; the logits are divided by it.
+        temperature: above 0; the logits are divided by it. 0 is accepted where ``do_sample`` is not set.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: in (0, 1]; keep the likeliest tokens that together have this probability.
         min_p: in [0, 1]; keep tokens at least this fraction as likely as the likeliest.
@@ -229,6 +229,19 @@ class GenerationConfig:
         return config if unused is None else (config, unused)
 
     @classmethod
+    def read(cls, given: Any) -> GenerationConfig:
+        """What a caller passes as a generation config: ours as it is, transformers' as one of ours.
+
+        Raises:
+            RequestError: it is neither, or one of its values is outside its range.
+        """
+        if isinstance(given, GenerationConfig):
+            return given
+        if not hasattr(given, "to_dict"):
+            raise RequestError(f"generation_config must be a GenerationConfig, got {type(given).__name__}")
+        return cls.from_dict(given.to_dict())
+
+    @classmethod
     def from_model_config(cls, model_config: Any) -> Self:
         """What a model's config says about generation: its special tokens and, in old files, sampling settings.
 
@@ -270,7 +283,7 @@ class GenerationConfig:
             CheckpointError: (an OSError) the file is missing, unreachable or not a JSON object.
             RequestError: (a ValueError) an unknown keyword or a value outside its range.
         """
-        from gpt2rt.checkpoint.json_files import read_json_object
+        from gpt2rt.checkpoint.json_files import MAX_SETTINGS_BYTES, read_json_object
         from gpt2rt.checkpoint.resolve import Source
 
         source = Source(
@@ -282,7 +295,7 @@ class GenerationConfig:
             revision=revision,
             subfolder=subfolder,
         )
-        config = cls.from_dict(read_json_object(source.require(config_file_name or CONFIG_NAME)))
+        config = cls.from_dict(read_json_object(source.require(config_file_name or CONFIG_NAME), MAX_SETTINGS_BYTES))
         unknown = config.update(**kwargs)
         if return_unused_kwargs:
             return config, unknown

@@ -30,12 +30,10 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
-import torch
-
 from gpt2rt.errors import RequestError
 
 from .config import DEFAULTS, GenerationConfig
-from .prompts import Prompts
+from .prompts import Prompts, full_mask
 
 #: policies under which a prompt may be longer than ``n_positions``
 LONG_PROMPTS = ("truncate_left", "sliding")
@@ -89,7 +87,7 @@ def fit_prompts(prompts: Prompts, policy: str, wanted: int | None, n_positions: 
     dropped = [max(0, len(row) - kept) for row in prompts.rows]
     if not any(dropped):
         return prompts
-    keep = torch.ones_like(prompts.columns, dtype=torch.bool) if prompts.keep is None else prompts.keep.clone()
+    keep = full_mask(prompts.columns, prompts.keep).clone()
     for flags, count in zip(keep, dropped, strict=True):
         flags[flags.nonzero().flatten()[:count]] = False
     rows = [row[count:] for row, count in zip(prompts.rows, dropped, strict=True)]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from gpt2rt.errors import RequestError
 from gpt2rt.graph import Plan
 
-from .prompts import Prompts, as_tensor, read_mask, read_prompts
-from .runtime import evaluating
+from .evaluating import evaluating
+from .prompts import Prompts, as_tensor, full_mask, read_mask, read_prompts
 from .starts import LayerPairs, Start, Starts, past_length, read_past
 
 
@@ -139,11 +139,11 @@ def read_call(
         prompts = read_prompts(inputs, mask if whole else mask[:, num_past:], **limits)
     past = read_past(past_key_values, plan, batch, rows_per_prompt)
     if whole:
-        keep = torch.ones(batch, columns, dtype=torch.bool) if prompts.keep is None else prompts.keep
+        keep = full_mask(prompts.columns, prompts.keep)
         shorter = [(keys[:, :, : columns - 1], values[:, :, : columns - 1]) for keys, values in past]
         return prompts, Given(keep, [0] * batch, shorter)
     before = torch.ones(batch, num_past, dtype=torch.bool) if mask is None else mask[:, :num_past] != 0
-    after = torch.ones(batch, columns, dtype=torch.bool) if prompts.keep is None else prompts.keep
+    after = full_mask(prompts.columns, prompts.keep)
     hidden = before.sum(dim=1).tolist()
     _check_positions(prompts, hidden, limits["n_positions"], "in past_key_values")
     return prompts, Given(torch.cat([before, after], dim=1), hidden, past)
@@ -206,8 +206,7 @@ def with_token_types(prompts: Prompts, given: Given | None, token_type_ids: Any,
     if given is not None and given.embeds is None:
         raise RequestError("token_type_ids and a filled past_key_values were both given; pass one of them")
     columns = prompts.columns if given is None else given.keep
-    keep = torch.ones_like(columns, dtype=torch.bool) if prompts.keep is None else prompts.keep
-    keep = keep if given is None else given.keep
+    keep = full_mask(columns, prompts.keep) if given is None else given.keep
     types = as_tensor("token_type_ids", token_type_ids).detach().cpu()
     if types.shape != columns.shape or types.is_floating_point() or types.dtype == torch.bool:
         raise RequestError(
@@ -247,9 +246,7 @@ def check_position_ids(position_ids: Any, prompts: Prompts, given: Given | None)
     Raises:
         RequestError: they are others.
     """
-    keep = given.keep if given is not None else prompts.keep
-    if keep is None:
-        keep = torch.ones_like(prompts.columns, dtype=torch.bool)
+    keep = full_mask(prompts.columns, prompts.keep) if given is None else given.keep
     expected = (keep.long().cumsum(dim=1) - 1).clamp(min=0)
     ids = as_tensor("position_ids", position_ids).detach().cpu()
     count = ids.size(-1) if ids.dim() else 0

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gpt2rt.errors import RequestError
@@ -14,6 +13,7 @@ from gpt2rt.errors import RequestError
 from .config import GenerationConfig
 from .decode import DecodePlan
 from .logits import LogitsProcessorList
+from .prompts import full_mask
 from .stopping import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 
 #: what every decoding loop gets; anything else in its signature is taken from the call of ``generate``
@@ -25,20 +25,23 @@ _STANDARD = (
     "stopping_criteria",
     "generation_config",
     "synced_gpus",
-    "streamer",
     "model_kwargs",
 )
 
 
-def split_arguments(custom_generate: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_arguments(
+    custom_generate: Any, kwargs: dict[str, Any], **named: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The keyword arguments that are meant for a caller's loop, and the others.
 
     Args:
         custom_generate: the loop, or None.
         kwargs: of ``generate``.
+        **named: further arguments of ``generate``, None if not given, that only a loop which names them can use.
 
     Raises:
-        RequestError: ``custom_generate`` is a name: code from a hub or a checkpoint is never run.
+        RequestError: ``custom_generate`` is a name: code from a hub or a checkpoint is never run. Or the loop does not
+            take one of ``named``.
     """
     if custom_generate is None:
         return {}, kwargs
@@ -49,6 +52,12 @@ def split_arguments(custom_generate: Any, kwargs: dict[str, Any]) -> tuple[dict[
         )
     parameters = inspect.signature(custom_generate).parameters
     own = {name: value for name, value in kwargs.items() if name in parameters and name not in _STANDARD}
+    for name, value in named.items():
+        if value is not None and name not in parameters:
+            raise RequestError(
+                f"custom_generate has no parameter {name}, so the loop would not see it; leave {name} out"
+            )
+    own |= {name: value for name, value in named.items() if value is not None}
     return own, {name: value for name, value in kwargs.items() if name not in own}
 
 
@@ -65,7 +74,8 @@ def call_custom(
 
     It gets ``logits_processor``, ``stopping_criteria`` and ``generation_config`` of the call, the model's arguments
     ``attention_mask`` (None without padding), ``position_ids``, ``past_key_values`` (an empty cache), ``use_cache`` and
-    ``logits_to_keep``, and its own ``arguments``. Rows are repeated for ``num_return_sequences`` or ``num_beams``.
+    ``logits_to_keep``, and its own ``arguments``, ``streamer`` and ``assistant_model`` among them if it names them.
+    Rows are repeated for ``num_return_sequences`` or ``num_beams``.
 
     Args:
         model: with forward.
@@ -81,7 +91,7 @@ def call_custom(
     """
     rows = max(plan.num_beams, plan.num_return_sequences)
     device = plan.executor.plan.device
-    keep = torch.ones_like(plan.columns, dtype=torch.bool) if plan.keep is None else plan.keep
+    keep = full_mask(plan.columns, plan.keep)
     positions = (keep.long().cumsum(dim=1) - 1).clamp(min=0)
 
     def repeated(tensor: Tensor) -> Tensor:

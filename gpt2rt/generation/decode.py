@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .candidates import Speculation
     from .modes import Loop
 
-_NO_IDS = torch.empty((0, 0), dtype=torch.int64)
+#: for warpers, which look at the scores alone
+NO_IDS = torch.empty((0, 0), dtype=torch.int64)
 
 
 @dataclasses.dataclass
@@ -137,6 +138,16 @@ class DecodePlan:
     early_stopping: bool | str = False
     remove_invalid_values: bool = False
     output_past: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are computed side by side."""
+        return len(self.prompts) * max(self.num_beams, self.num_return_sequences)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The most new tokens of a row."""
+        return max(limit - len(prompt) for prompt, limit in zip(self.prompts, self.max_lengths, strict=True))
 
 
 def prompt_keys(plan: DecodePlan) -> list[tuple[int, int]]:
@@ -269,16 +280,8 @@ class Decoder:
         self.past: LayerPairs | None = None
         lengths = cache_lengths(plan)
         self.cached = CachedRows(plan.executor, self.cache, [lengths[row.prompt] for row in self.rows])
-        self._history = self._make_history()
+        self._history = make_history(plan)
         self._began = 0.0
-
-    def _make_history(self) -> History | None:
-        plan = self.plan
-        if not (plan.processors or plan.user_processors or plan.user_criteria):
-            return None
-        longest = max(row.max_length - row.prompt_length for row in self.rows)
-        device = plan.executor.plan.device
-        return History(plan.columns, plan.keep, len(self.rows), longest, plan.pad_token_id, device)
 
     def steps(self) -> Generator[list[int], None, None]:
         """Generate, step by step; each item holds the new token of every row, ``pad_token_id`` for finished ones.
@@ -372,19 +375,12 @@ class Decoder:
             check_logits(logits, live)
         if plan.output_logits:
             self._record(self.logits, logits, live, step)
-        scores = logits
-        if plan.processors:
-            assert self._history is not None
-            with quiet_threads(scores):
-                scores = plan.processors(self._history.ids(step, live), scores, rows=live)
-        if plan.user_processors:
-            scores = self._user_scores(scores, live, step)
         changed = plan.processors or plan.user_processors
+        scores = processed_scores(plan, self._history, logits, live, step) if changed else logits
         with quiet_threads(scores) if changed or plan.do_sample else contextlib.nullcontext():
             if changed:
                 check_scores(scores, live)
-            # warpers look at the scores alone
-            scores = plan.warpers(_NO_IDS, scores)
+            scores = plan.warpers(NO_IDS, scores)
             if plan.output_scores:
                 self._record(self.scores, scores, live, step)
             if not plan.do_sample:
@@ -395,25 +391,9 @@ class Decoder:
     def _record(self, steps: list[Tensor], values: Tensor, live: list[int], step: int) -> None:
         """Keep the live rows' values of a step; rows without any have 0."""
         if step == len(steps):
-            steps.append(self._all_rows(values, live).clone())
+            steps.append(spread(values, live, len(self.rows)).clone())
         else:
             steps[step][live] = values
-
-    def _all_rows(self, values: Tensor, live: list[int]) -> Tensor:
-        """[num_rows, vocab_size] from the live rows' values; finished rows are 0."""
-        if len(live) == len(self.rows):
-            return values
-        everything = values.new_zeros(len(self.rows), values.size(1))
-        everything[live] = values
-        return everything
-
-    def _user_scores(self, scores: Tensor, live: list[int], step: int) -> Tensor:
-        """The caller's processors see every row of the call, so that what they keep for a row stays its own."""
-        assert self._history is not None
-        scores = self._all_rows(scores, live)
-        for processor in self.plan.user_processors:
-            scores = checked_scores(processor, processor(self._history.columns(step), scores), list(scores.shape))
-        return scores if len(live) == len(self.rows) else scores[live]
 
     # ---- the end of a row ----------------------------------------------------------------------------------------
 
@@ -453,7 +433,54 @@ class Decoder:
             row.finish_reason = row.finish_reason or reason
 
 
-def checked_scores(processor: Any, scores: Any, expected: list[int]) -> Tensor:
+def make_history(plan: DecodePlan) -> History | None:
+    """What processors and criteria look at; None if there are none."""
+    if not (plan.processors or plan.user_processors or plan.user_criteria):
+        return None
+    device = plan.executor.plan.device
+    return History(plan.columns, plan.keep, plan.num_rows, plan.max_new_tokens, plan.pad_token_id, device)
+
+
+def spread(values: Tensor, rows: ListLike[int], num_rows: int) -> Tensor:
+    """[num_rows, vocab_size] from the values of some rows, in ascending order; the others are 0."""
+    if len(rows) == num_rows:
+        return values
+    everything = values.new_zeros(num_rows, values.size(1))
+    everything[rows] = values
+    return everything
+
+
+def processed_scores(
+    plan: DecodePlan, history: History | None, scores: Tensor, rows: ListLike[int], step: int
+) -> Tensor:
+    """The scores after all processors, the caller's too, but before the warpers.
+
+    The caller's processors see every row of the call, so that what they keep for a row stays its own.
+
+    Args:
+        plan: with the processors.
+        history: from :func:`make_history`; None if there are no processors.
+        scores: [len(rows), vocab_size] float32.
+        rows: which rows these are, in ascending order.
+        step: how many new tokens they have.
+
+    Returns:
+        [len(rows), vocab_size] float32.
+    """
+    if history is None:
+        return scores
+    if plan.processors:
+        with quiet_threads(scores):
+            scores = plan.processors(history.ids(step, rows), scores, rows=rows)
+    if plan.user_processors:
+        scores = spread(scores, rows, plan.num_rows)
+        for processor in plan.user_processors:
+            scores = _checked_scores(processor, processor(history.columns(step), scores), list(scores.shape))
+        scores = scores if len(rows) == plan.num_rows else scores[rows]
+    return scores
+
+
+def _checked_scores(processor: Any, scores: Any, expected: list[int]) -> Tensor:
     """What a caller's processor returned, if it has the shape of what it got.
 
     Raises:

@@ -26,6 +26,7 @@ from gpt2rt.graph import Executor
 from .config import GenerationConfig
 from .decode import new_cache
 from .processors import LogitsProcessor
+from .prompts import as_tensor
 from .runtime import executor_for
 from .starts import BLOCK_SIZE, compute
 
@@ -226,12 +227,12 @@ def read_negative_prompts(ids: Any, mask: Any, vocab_size: int) -> list[list[int
     Raises:
         RequestError: shapes or ids are wrong, or a prompt is empty.
     """
-    found = _as_tensor("negative_prompt_ids", ids)
+    found = as_tensor("negative_prompt_ids", ids).cpu()
     if found.dim() != 2 or found.numel() == 0 or found.is_floating_point() or found.dtype == torch.bool:
         raise RequestError(
             f"negative_prompt_ids is {found.dtype} of shape {list(found.shape)}, expected integers [batch, length]"
         )
-    keep = torch.ones_like(found) if mask is None else _as_tensor("negative_prompt_attention_mask", mask)
+    keep = torch.ones_like(found) if mask is None else as_tensor("negative_prompt_attention_mask", mask).cpu()
     if keep.shape != found.shape:
         raise RequestError(
             f"negative_prompt_attention_mask has shape {list(keep.shape)}, expected {list(found.shape)}, the shape of "
@@ -247,13 +248,6 @@ def read_negative_prompts(ids: Any, mask: Any, vocab_size: int) -> list[list[int
         if not row:
             raise RequestError(f"negative prompt {index} holds no token: its attention mask is 0 everywhere")
     return rows
-
-
-def _as_tensor(name: str, value: Any) -> Tensor:
-    try:
-        return torch.as_tensor(value).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RequestError(f"{name} must be a tensor of integers, got {type(value).__name__}: {error}") from None
 
 
 class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):

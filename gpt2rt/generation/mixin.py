@@ -47,8 +47,8 @@ class GenerationMixin:
         return config
 
     @generation_config.setter
-    def generation_config(self, value: GenerationConfig | None) -> None:
-        self.__dict__["_generation_config"] = value
+    def generation_config(self, value: Any) -> None:
+        self.__dict__["_generation_config"] = None if value is None else GenerationConfig.read(value)
 
     def generation_executor(self, name: str | None = None, *, rebuild: bool = False) -> Executor:
         """The executor that ``generate`` runs on; its ``name`` is "cpu" or "eager".
@@ -170,7 +170,7 @@ class GenerationMixin:
             RequestError: (a ValueError) something in the call is wrong; found before anything is computed.
             NumericsError: (a RuntimeError) the model's logits hold NaN or infinity.
         """
-        own, kwargs = split_arguments(custom_generate, kwargs)
+        own, kwargs = split_arguments(custom_generate, kwargs, streamer=streamer, assistant_model=assistant_model)
         past_key_values = kwargs.get("past_key_values")
         plan, config, prompts = make_plan(
             self,

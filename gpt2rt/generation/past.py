@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch import CachedRows
+from .prompts import full_mask
 from .starts import LayerPairs, read_sequences
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ def cache_columns(plan: DecodePlan, rows_per_prompt: int, num_new: int) -> Tenso
     Returns:
         [batch * rows_per_prompt, prompt columns + num_new] bool on CPU.
     """
-    keep = plan.keep if plan.starts is None else plan.starts.keep
-    if keep is None:
-        keep = torch.ones_like(plan.columns, dtype=torch.bool)
+    keep = full_mask(plan.columns, plan.keep) if plan.starts is None else plan.starts.keep
     keep = keep.repeat_interleave(rows_per_prompt, dim=0)
     return torch.cat([keep, keep.new_ones((len(keep), num_new))], dim=1)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpt2rt.errors import RequestError
-from gpt2rt.graph.plan import Embed
+from gpt2rt.graph import Executor
 
 from .cache_names import check_cache, check_cache_length
 from .config import DEFAULTS, FIELDS, GenerationConfig
@@ -41,6 +41,8 @@ _SAMPLING_ONLY = (
     "eta_cutoff",
     "seed",
 )
+
+_BEAMS_ONLY = ("early_stopping", "length_penalty")
 
 #: arguments of ``generate`` that are taken from its keywords
 _CALL_ARGUMENTS = (
@@ -87,13 +89,7 @@ def resolve_config(
     Raises:
         RequestError: a value is outside its range or asks for something that is not done yet.
     """
-    if given is None:
-        given = GenerationConfig()
-    elif not isinstance(given, GenerationConfig):
-        if not hasattr(given, "to_dict"):
-            raise RequestError(f"generation_config must be a GenerationConfig, got {type(given).__name__}")
-        # transformers' own class has the same fields
-        given = GenerationConfig.from_dict(given.to_dict())
+    given = GenerationConfig() if given is None else GenerationConfig.read(given)
     explicit = {name for name in FIELDS if getattr(given, name) is not None}
     explicit |= {name for name, value in kwargs.items() if name in FIELDS and value is not None}
     config = given.filled_from(model_config)
@@ -105,19 +101,19 @@ def resolve_config(
 
 def _warn_of_idle_fields(config: GenerationConfig, explicit: set[str]) -> None:
     """Say which of the caller's settings do nothing in this combination."""
-    idle = []
-    if not config.get("do_sample"):
-        idle = [name for name in _SAMPLING_ONLY if name in explicit and config.get(name) != DEFAULTS[name]]
-    if idle:
-        warnings.warn(f"{', '.join(idle)} only matter with do_sample=True, which is not set", stacklevel=6)
-    if not config.get("return_dict_in_generate"):
-        idle = [name for name in _NEED_DICT if name in explicit and config.get(name)]
+    needs = (
+        (_SAMPLING_ONLY, config.get("do_sample"), "do_sample=True, which is not set"),
+        (_BEAMS_ONLY, config.get("num_beams") > 1, "num_beams above 1, which is not set"),
+        (_NEED_DICT, config.get("return_dict_in_generate"), "return_dict_in_generate=True"),
+    )
+    for names, have, need in needs:
+        idle = [name for name in names if not have and name in explicit and config.get(name) != DEFAULTS[name]]
         if idle:
-            warnings.warn(f"{', '.join(idle)} only matter with return_dict_in_generate=True", stacklevel=6)
-    if {"max_new_tokens", "max_length"} <= explicit:
-        warnings.warn("both max_new_tokens and max_length are set; max_new_tokens counts", stacklevel=6)
-    if {"min_new_tokens", "min_length"} <= explicit:
-        warnings.warn("both min_new_tokens and min_length are set; min_new_tokens counts", stacklevel=6)
+            warnings.warn(f"{', '.join(idle)} only matter with {need}", stacklevel=6)
+    # max_new_tokens may also come from the model's own settings
+    for loser, winner in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if loser in explicit and getattr(config, winner) is not None:
+            warnings.warn(f"both {winner} and {loser} are set; {winner} counts", stacklevel=6)
 
 
 def refuse_leftovers(kwargs: Mapping[str, Any]) -> None:
@@ -178,16 +174,15 @@ def _wanted_tokens(config: GenerationConfig, columns: int) -> int | None:
     return wanted
 
 
-def _pad_token(config: GenerationConfig, prompts: Prompts, limits: list[int], can_end_early: bool) -> int:
-    """What fills rows that end before others."""
+def _pad_token(config: GenerationConfig, room: list[int], can_end_early: bool) -> int:
+    """What fills rows that end before others; ``room`` is the most new tokens of each prompt."""
     if config.pad_token_id is not None:
         return config.pad_token_id
     eos = as_list(config.eos_token_id)
     if eos:
         return eos[0]
-    rows = len(limits) * config.get("num_return_sequences")
-    uneven = len({limit - len(row) for limit, row in zip(limits, prompts.rows, strict=True)}) > 1
-    if rows > 1 and (uneven or can_end_early):
+    rows = len(room) * config.get("num_return_sequences")
+    if rows > 1 and (len(set(room)) > 1 or can_end_early):
         raise RequestError("rows may end at different lengths, so pad_token_id (or eos_token_id) must be set")
     # never shown
     return 0
@@ -200,14 +195,13 @@ def prepare(
     logits_processor: Sequence[Any] | None,
     stopping_criteria: Sequence[Any] | None,
     kwargs: dict[str, Any],
-    **named: Any,
 ) -> tuple[Loop, GenerationConfig, Prompts]:
     """Check a call of ``generate`` and make its decode loop.
 
     Args:
         model: with ``config``, ``generation_config``, ``device`` and what :func:`executor_for` needs.
         inputs, generation_config, logits_processor, stopping_criteria: as ``generate`` got them.
-        kwargs, named: its other arguments, by name.
+        kwargs: its other arguments, by name.
 
     Returns:
         The loop, the settings in force, and the prompts.
@@ -215,9 +209,7 @@ def prepare(
     Raises:
         RequestError: (a ValueError) something in the call is wrong; nothing has been computed.
     """
-    plan, config, prompts = make_plan(
-        model, inputs, generation_config, logits_processor, stopping_criteria, kwargs | named
-    )
+    plan, config, prompts = make_plan(model, inputs, generation_config, logits_processor, stopping_criteria, kwargs)
     return make_decoder(plan), config, prompts
 
 
@@ -241,47 +233,21 @@ def make_plan(
     call = {name: rest.pop(name, None) for name in _CALL_ARGUMENTS}
     refuse_leftovers(rest)
     check_cache(config, call["past_key_values"])
+    user_processors = _callables("logits_processor", logits_processor)
+    if config.stop_strings is not None and call["tokenizer"] is None:
+        raise RequestError("stop_strings need the tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer)")
 
     vocab_size, n_positions = model.config.vocab_size, model.config.n_positions
     _check_ids(config, explicit, vocab_size)
     # an end token of a foreign checkpoint can never be drawn
     eos = [token for token in as_list(config.eos_token_id) if token < vocab_size]
     executor = executor_for(model)
-    policy = config.get("context_policy")
     rows_per_prompt = max(config.get("num_beams"), config.get("num_return_sequences"))
-    prompts, given = read_call(
-        named if inputs is None else inputs,
-        call["attention_mask"],
-        call["past_key_values"],
-        call["inputs_embeds"],
-        plan=executor.plan,
-        rows_per_prompt=rows_per_prompt,
-        vocab_size=vocab_size,
-        n_positions=n_positions,
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=as_list(config.eos_token_id),
-        pad_token_id=config.pad_token_id,
-        device=model.device,
-        allow_longer=policy in LONG_PROMPTS,
-    )
-    if call["position_ids"] is not None:
-        check_position_ids(call["position_ids"], prompts, given)
-    if call["token_type_ids"] is not None:
-        given = with_token_types(prompts, given, call["token_type_ids"], model.get_input_embeddings())
-        if call["assistant_model"] is not None or config.assistant_early_exit is not None:
-            raise RequestError("token_type_ids do not go with an assistant, which would not see them; leave one out")
-    if given is not None:
-        _check_given(config, given, call["assistant_model"])
-    if policy in LONG_PROMPTS and call["past_key_values"] is not None:
-        raise RequestError(
-            f"context_policy={policy!r} does not go with past_key_values: no cache can be filled with "
-            "tokens that the model does not see"
-        )
-    if config.get("token_healing"):
-        prompts = _healed(model, prompts, call["tokenizer"], config)
+    prompts, given = _read(model, executor, named if inputs is None else inputs, config, call, rows_per_prompt)
     # what max_length counts: the embeddings, or the ids
     columns = prompts.columns.size(1) if given is None or given.embeds is None else given.embeds.size(1)
     wanted = _wanted_tokens(config, columns)
+    policy = config.get("context_policy")
     fitted = fit_prompts(prompts, policy, wanted, n_positions)
     whole, prompts = fitted is prompts, fitted
     hidden = [0] * len(prompts.rows) if given is None else given.hidden
@@ -290,15 +256,13 @@ def make_plan(
     limits = row_limits(lengths, policy, wanted, n_positions, asked)
     check_cache_length(config, limits)
     limits = [limit - before for limit, before in zip(limits, hidden, strict=True)]
-    if config.stop_strings is not None and call["tokenizer"] is None:
-        raise RequestError("stop_strings need the tokenizer: generate(..., stop_strings=..., tokenizer=tokenizer)")
-    can_end_early = bool(config.stop_strings or user_criteria)
-    user_processors = _callables("logits_processor", logits_processor)
-    pad_token_id = _pad_token(config, prompts, limits, can_end_early)
+    # for each prompt, the most new tokens
+    room = [limit - len(row) for limit, row in zip(limits, prompts.rows, strict=True)]
+    pad_token_id = _pad_token(config, room, can_end_early=bool(config.stop_strings or user_criteria))
     if config.get("num_beams") > 1 and pad_token_id == 0 and eos:
         # transformers tests the id for truth here, so beams that ended are filled with the end token instead of id 0
         pad_token_id = as_list(config.eos_token_id)[0]
-    _warn_of_unreachable_minimum(config, prompts, limits, columns)
+    _warn_of_unreachable_minimum(config, min(room), columns)
     # without ids, the lengths that processors see begin at 0
     shown = prompts.columns.size(1)
     ruled = config if columns == shown else _shifted(config, columns - shown)
@@ -314,11 +278,9 @@ def make_plan(
             call["negative_prompt_attention_mask"],
             prompt_columns=shown,
             num_rows=len(prompts.rows) * rows_per_prompt,
-            max_new_tokens=max(limit - len(row) for limit, row in zip(limits, prompts.rows, strict=True)),
+            max_new_tokens=max(room),
         ),
-        max_length=_PerPrompt(
-            [shown + limit - len(row) for limit, row in zip(limits, prompts.rows, strict=True)], rows_per_prompt
-        ),
+        max_length=_PerPrompt([shown + most for most in room], rows_per_prompt),
         pad_token_id=pad_token_id,
         user_processors=user_processors,
     )
@@ -327,9 +289,8 @@ def make_plan(
     )
     if given is not None and given.token_type is not None:
         # what is added to every new token might as well be added to every position
-        embed = executor.plan.nodes[0]
-        assert isinstance(embed, Embed)
-        executor = executor.with_positions(embed.wpe + embed.wte[given.token_type])
+        tokens, places = model.base_model.tables
+        executor = executor.with_positions(places.weight + tokens.weight[given.token_type])
     returns_dict, use_cache = config.get("return_dict_in_generate"), config.get("use_cache") or given is not None
     caller_cache = hasattr(call["past_key_values"], "update")
     stride = sliding_stride(config, n_positions)
@@ -369,6 +330,61 @@ def make_plan(
     return plan, config, dataclasses.replace(prompts, given=given)
 
 
+def _read(
+    model: Any,
+    executor: Executor,
+    inputs: Any,
+    config: GenerationConfig,
+    call: Mapping[str, Any],
+    rows_per_prompt: int,
+) -> tuple[Prompts, Given | None]:
+    """The prompts of a call, whatever they are given as, and what comes besides their ids.
+
+    Args:
+        model, executor: the model, and what runs it.
+        inputs: the ids, or None.
+        config: the settings in force.
+        call: the arguments in :data:`_CALL_ARGUMENTS`.
+        rows_per_prompt: rows of the result for each prompt.
+    """
+    policy, past = config.get("context_policy"), call["past_key_values"]
+    limits = {
+        "vocab_size": model.config.vocab_size,
+        "n_positions": model.config.n_positions,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_ids": as_list(config.eos_token_id),
+        "pad_token_id": config.pad_token_id,
+        "device": model.device,
+        "allow_longer": policy in LONG_PROMPTS,
+    }
+    prompts, given = read_call(
+        inputs,
+        call["attention_mask"],
+        past,
+        call["inputs_embeds"],
+        plan=executor.plan,
+        rows_per_prompt=rows_per_prompt,
+        **limits,
+    )
+    if call["position_ids"] is not None:
+        check_position_ids(call["position_ids"], prompts, given)
+    if call["token_type_ids"] is not None:
+        given = with_token_types(prompts, given, call["token_type_ids"], model.get_input_embeddings())
+        if call["assistant_model"] is not None or config.assistant_early_exit is not None:
+            raise RequestError("token_type_ids do not go with an assistant, which would not see them; leave one out")
+    if given is not None:
+        _check_given(config, given, call)
+    if policy in LONG_PROMPTS and past is not None:
+        raise RequestError(
+            f"context_policy={policy!r} does not go with past_key_values: no cache can be filled with "
+            "tokens that the model does not see"
+        )
+    if config.get("token_healing"):
+        healed = heal_prompts(executor, prompts.rows, call["tokenizer"])
+        prompts = read_prompts(healed, None, **(limits | {"device": prompts.device}))
+    return prompts, given
+
+
 class _PerPrompt(Sequence[int]):
     """A number for each row, where the rows of a prompt have the same; nothing is made for each of them.
 
@@ -388,9 +404,11 @@ class _PerPrompt(Sequence[int]):
         return self._values[row // self._rows_per_prompt]
 
 
-def _check_given(config: GenerationConfig, given: Given, assistant_model: Any) -> None:
+def _check_given(config: GenerationConfig, given: Given, call: Mapping[str, Any]) -> None:
     """Refuse what does not go with a filled cache or with embeddings."""
-    what = "inputs_embeds" if given.embeds is not None else "a filled past_key_values"
+    what = "a filled past_key_values"
+    if given.embeds is not None:
+        what = "token_type_ids" if call["inputs_embeds"] is None else "inputs_embeds"
     if config.use_cache is False and given.embeds is None:
         raise RequestError("use_cache=False computes rows anew from their ids; leave out past_key_values with it")
     if config.get("context_policy") in LONG_PROMPTS:
@@ -398,28 +416,13 @@ def _check_given(config: GenerationConfig, given: Given, assistant_model: Any) -
     if config.get("token_healing"):
         raise RequestError(f"token_healing does not go with {what}; it changes the prompt's ids")
     speculation = {
-        "assistant_model": assistant_model,
+        "assistant_model": call["assistant_model"],
         "assistant_early_exit": config.assistant_early_exit,
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
     }
     asked = [name for name, value in speculation.items() if value is not None]
     if asked and any(given.hidden):
         raise RequestError(f"{asked[0]} needs the ids of the whole prompt, which {what} does not have; pass them")
-
-
-def _healed(model: Any, prompts: Prompts, tokenizer: Any, config: GenerationConfig) -> Prompts:
-    """The prompts after token healing, laid out anew."""
-    return read_prompts(
-        heal_prompts(executor_for(model), prompts.rows, tokenizer),
-        None,
-        vocab_size=model.config.vocab_size,
-        n_positions=model.config.n_positions,
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=as_list(config.eos_token_id),
-        pad_token_id=config.pad_token_id,
-        device=prompts.device,
-        allow_longer=config.get("context_policy") in LONG_PROMPTS,
-    )
 
 
 def _shifted(config: GenerationConfig, columns: int) -> GenerationConfig:
@@ -445,8 +448,7 @@ def _seed(config: GenerationConfig) -> int:
     return int(torch.randint(-(2**63), 2**63 - 1, ()))
 
 
-def _warn_of_unreachable_minimum(config: GenerationConfig, prompts: Prompts, limits: list[int], columns: int) -> None:
+def _warn_of_unreachable_minimum(config: GenerationConfig, most: int, columns: int) -> None:
     minimum = config.get("min_length") - columns if config.min_new_tokens is None else config.min_new_tokens
-    most = min(limit - len(row) for limit, row in zip(limits, prompts.rows, strict=True))
     if minimum > most:
         warnings.warn(f"a minimum of {minimum} new tokens was set, but rows end after {most}", stacklevel=5)

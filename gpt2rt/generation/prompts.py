@@ -64,6 +64,11 @@ def read_prompts(
             raise RequestError("attention_mask was given without input_ids; pass both, or neither to start from bos")
         if bos_token_id is None:
             raise RequestError("`bos_token_id` has to be defined when no `input_ids` are provided; pass input_ids")
+        if bos_token_id >= vocab_size:
+            raise RequestError(
+                f"bos_token_id={bos_token_id} is where a call without input_ids starts, but the vocabulary has ids 0 "
+                f"to {vocab_size - 1}; pass input_ids, or another bos_token_id"
+            )
         inputs = [[bos_token_id]]
     if isinstance(inputs, str) or (isinstance(inputs, list | tuple) and inputs and isinstance(inputs[0], str)):
         raise RequestError("generate takes token ids, not text; use generate(**tokenizer(text, return_tensors='pt'))")
@@ -151,6 +156,11 @@ def _from_tensor(inputs: Any, attention_mask: Any, pad_token_id: int | None, eos
     return Prompts(rows, columns, keep, ids.device)
 
 
+def full_mask(columns: Tensor, keep: Tensor | None) -> Tensor:
+    """[batch, length] bool: ``keep``, or all True where it is None."""
+    return torch.ones_like(columns, dtype=torch.bool) if keep is None else keep
+
+
 def as_tensor(name: str, value: Any) -> Tensor:
     """A tensor of whatever torch can make one of.
 
@@ -205,6 +215,6 @@ def _kept(
         warnings.warn(
             f"no attention_mask was given, and pad_token_id={pad_token_id} is an end token too, so padding cannot be "
             "told from text: all ids are taken as text; pass the tokenizer's attention_mask",
-            stacklevel=8,
+            stacklevel=9,
         )
     return None

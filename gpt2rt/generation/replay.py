@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .beams import BeamDecoder
 from .continuation import Given
+from .evaluating import evaluating
 from .modes import Loop
 from .outputs import Steps
 from .past import cache_columns
-from .runtime import evaluating
 
 
 class Replay:

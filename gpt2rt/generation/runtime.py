@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpt2rt.graph import Executor, executor_names, make_executor
+
+from .modules import NAME as MODULES
+from .modules import ModuleExecutor
 
 # elements of each parameter that are compared, to notice changes that torch does not count
 _SAMPLES = 8
@@ -30,7 +31,7 @@ class _Runtime:
         # by name, and the one chosen automatically also under None
         self.executors: dict[str | None, Executor] = {}
         self.preferred: str | None = None
-        self.warned = False
+        self.warned_of: str | None = None
         self._identity: Any = None
         self._samples: list[Tensor] = []
         self._content: Any = None
@@ -77,55 +78,36 @@ def _samples(parameters: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def _warn_of_hooks(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if name and (module._forward_hooks or module._forward_pre_hooks):
-            warnings.warn(
-                f"{name} has forward hooks, which generate() does not run: it computes the model as one graph; "
-                "call the model's forward for them",
-                stacklevel=4,
-            )
-            return
-
-
 def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> Executor:
     """The executor that runs a model's generation steps.
 
     Args:
-        model: a model with ``config`` and ``build_graph()``.
-        name: "cpu" or "eager", which is also used from now on; None: the one chosen before, else the fastest.
+        model: a model with ``config``, ``build_graph()`` and ``changed_layer()``.
+        name: "cpu", "eager" or "modules", which is also used from now on; None: the one chosen before, else the
+            fastest that computes what the model's forward does: the modules themselves if they have hooks, or others
+            stand in their place.
         rebuild: make it anew although no change of the weights was noticed.
 
     Raises:
         ValueError: there is no such executor, or it cannot run this model.
     """
-    if name is not None and name not in executor_names():
-        raise ValueError(f"there is no executor {name!r}; choose one of {', '.join(executor_names())}")
+    names = (*executor_names(), MODULES)
+    if name is not None and name not in names:
+        raise ValueError(f"there is no executor {name!r}; choose one of {', '.join(names)}")
     with _LOCK:
         runtime = _RUNTIMES.setdefault(model, _Runtime())
     with runtime.lock:
         if runtime.weights_changed(model) or rebuild:
             # the old ones go first: both together might not fit
             runtime.executors.clear()
-        if not runtime.warned:
-            runtime.warned = True
-            _warn_of_hooks(model)
-        wanted = name or runtime.preferred
+        wanted = runtime.preferred = name or runtime.preferred
+        changed = model.changed_layer() if wanted is None else None
+        if changed is not None:
+            wanted = MODULES
+            if changed != runtime.warned_of:
+                warnings.warn(f"{changed}, so generate() runs modules one by one, slower than its graph", stacklevel=4)
+        runtime.warned_of = changed
         if wanted not in runtime.executors:
-            executor = make_executor(model.build_graph(), wanted)
+            executor = ModuleExecutor(model) if wanted == MODULES else make_executor(model.build_graph(), wanted)
             runtime.executors[wanted] = runtime.executors.setdefault(executor.name, executor)
-        runtime.preferred = wanted
         return runtime.executors[wanted]
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

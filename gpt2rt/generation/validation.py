@@ -161,6 +161,7 @@ _MINIMUM = _integer(0, 2**63 - 1)
 _ABOVE_ZERO = _number("a number above 0", lambda value: value > 0)
 _ANY_NUMBER = _number("a finite number", lambda value: True)
 _SHARE = _number("a number above 0 and at most 1 (1 keeps all tokens)", lambda value: 0 < value <= 1)
+_TEMPERATURE = "a number above 0 (for the likeliest token use do_sample=False)"
 _CUTOFF = _number("a number from 0, which keeps all tokens, to below 1", lambda value: 0 <= value < 1)
 
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
@@ -185,7 +186,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "compile_config": _anything,
     "disable_compile": _boolean,
     "seed": _integer(-(2**63), 2**63 - 1),
-    "temperature": _number("a number above 0 (for the likeliest token use do_sample=False)", lambda value: value > 0),
+    "temperature": _number(_TEMPERATURE, lambda value: value >= 0),
     "top_k": _integer(0, _LONGEST, " (0 keeps all tokens)"),
     "top_p": _SHARE,
     "min_p": _number("a number from 0 to 1", lambda value: 0 <= value <= 1),
@@ -240,6 +241,9 @@ def validate_fields(values: Mapping[str, Any]) -> None:
     """
     for name, value in values.items():
         _CHECKS[name](name, value)
+    # files and calls that ask for no sampling often say temperature=0, which then means nothing
+    if values.get("do_sample", False) and values.get("temperature") == 0:
+        raise _refuse("temperature", values["temperature"], _TEMPERATURE)
     several, beams = values.get("num_return_sequences", 1), values.get("num_beams", 1)
     if several > 1 and beams == 1 and not values.get("do_sample", False):
         raise RequestError(

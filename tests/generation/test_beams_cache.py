@@ -108,7 +108,7 @@ def test_beams_share_blocks_and_all_are_given_back(model):
     fewest = pool.num_blocks
     for _ in decoder.steps():
         fewest = min(fewest, pool.num_free)
-        tables = [sequence.blocks for sequence in decoder._sequences if sequence is not None]
+        tables = [sequence.blocks for sequence in decoder.cached.sequences if sequence is not None]
         assert len({tuple(blocks[:2]) for blocks in tables}) <= 1
         assert all(len(blocks) == len(set(blocks)) for blocks in tables)
     # not a block more than needed

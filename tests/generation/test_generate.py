@@ -411,16 +411,6 @@ def test_threads_may_share_a_model(model):
     assert results == expected
 
 
-def test_hooks_are_not_forgotten_silently(make_model):
-    model = make_model()
-    model.transformer.h[1].register_forward_hook(lambda *args: None)
-    with pytest.warns(UserWarning, match=r"transformer\.h\.1 has forward hooks, which generate\(\) does not run"):
-        model.generate([[5]])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.generate([[5]])
-
-
 # ---- settings ------------------------------------------------------------------------------------------------------
 
 
@@ -458,9 +448,22 @@ def test_clean_calls_do_not_warn(model):
         ({"seed": 0}, "seed only matter"),
         ({"output_scores": True}, "output_scores only matter with return_dict_in_generate=True"),
         ({"max_new_tokens": 3, "max_length": 30}, "max_new_tokens counts"),
+        ({"early_stopping": True, "length_penalty": 2.0}, "early_stopping, length_penalty only matter with num_beams"),
+        ({"do_sample": False, "temperature": 0.0}, "temperature only matter"),
         ({"max_new_tokens": 3, "min_new_tokens": 5}, "a minimum of 5 new tokens was set, but rows end after 3"),
     ],
 )
 def test_settings_without_effect_are_named(model, settings, message):
     with pytest.warns(UserWarning, match=message):
         model.generate([[5]], **settings)
+
+
+def test_a_limit_that_the_models_own_settings_overrule_is_named(make_model):
+    model = make_model()
+    model.generation_config.max_new_tokens = 4
+    with pytest.warns(UserWarning, match="both max_new_tokens and max_length are set; max_new_tokens counts"):
+        assert model.generate([[5]], max_length=30, eos_token_id=None).size(1) == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generation_config.max_length = 9
+        model.generate([[5]], max_new_tokens=3)

@@ -381,6 +381,26 @@ def test_a_loop_of_ones_own_is_called_as_transformers_calls_it(pair, prompts):
     assert set(names) == set(theirs_saw[2])
 
 
+def test_a_loop_gets_the_streamer_and_the_assistant_if_it_names_them(model):
+    def plain(model, input_ids, **others):
+        raise AssertionError
+
+    def full(model, input_ids, streamer=None, assistant_model=None, **others):
+        return streamer, assistant_model, sorted(others)
+
+    for name, value in (("streamer", object()), ("assistant_model", model)):
+        with pytest.raises(RequestError, match=f"custom_generate has no parameter {name}"):
+            model.generate([[5, 6]], custom_generate=plain, **{name: value})
+    streamer = object()
+    shown, assistant, others = model.generate(
+        [[5, 6]], custom_generate=full, streamer=streamer, assistant_model=model, max_new_tokens=3
+    )
+    assert shown is streamer
+    assert assistant is model
+    assert "streamer" not in others
+    assert model.generate([[5, 6]], custom_generate=full, max_new_tokens=3)[:2] == (None, None)
+
+
 def test_a_loop_gets_our_lists(model):
     def loop(model, input_ids, logits_processor, stopping_criteria, **others):
         assert isinstance(logits_processor, LogitsProcessorList)

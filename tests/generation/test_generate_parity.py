@@ -194,6 +194,17 @@ def test_warnings_point_at_the_call(pair):
         assert caught[0].filename == __file__
 
 
+@pytest.mark.proves("G1")
+def test_transformers_generation_config_as_the_models_own(make_model, hf):
+    model = make_model()
+    model.generation_config = hf.module.GenerationConfig(max_new_tokens=6, bos_token_id=1)
+    assert model.generate(torch.tensor([[40, 41]])).size(1) == 8
+    assert model.score([[40, 41]], add_bos=True).num_scored == [2]
+    with pytest.raises(ValueError, match="generation_config must be a GenerationConfig, got dict"):
+        model.generation_config = {"max_new_tokens": 6}
+    assert model.generation_config.max_new_tokens == 6
+
+
 @pytest.mark.proves("G11")
 def test_transformers_generation_config_and_streamer(pair, tokenizer, hf, capsys):
     ours, _ = pair

@@ -86,6 +86,10 @@ CALL_FAULTS = {
     "typing errors": ({"max_new_tokenz": 3, "temprature": 1.0}, r"\['max_new_tokenz', 'temprature'\]"),
     "types": ({"token_type_ids": IDS}, r"the prompts end with token types \[6, 8\]"),
     "types of another shape": ({"token_type_ids": IDS[:1]}, r"token_type_ids is torch.int64 of shape \[1, 2\]"),
+    "types and a window": (
+        {"token_type_ids": torch.zeros_like(IDS), "context_policy": "sliding"},
+        "context_policy='sliding' does not go with token_type_ids",
+    ),
     "types past the vocabulary": ({"token_type_ids": IDS + 90}, "token_type_ids holds 97, but types are looked up"),
     "heads": ({"head_mask": torch.ones(3)}, "does not support head_mask"),
     "encoder": ({"encoder_hidden_states": torch.ones(2, 3, 48)}, "models with cross attention run in forward only"),

@@ -37,7 +37,7 @@ def test_every_field_of_transformers_is_honoured_or_refused(hf):
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("temperature", [-1, 0, math.nan, math.inf, "hot", True]),
+        ("temperature", [-1, math.nan, math.inf, "hot", True]),
         ("top_p", [0, 1.5, -0.1, math.nan, "x"]),
         ("top_k", [-1, 2.5, 2**40, True]),
         ("min_p", [2, -0.1, math.nan]),
@@ -104,6 +104,17 @@ def test_values_out_of_range_are_refused(field, values):
         with pytest.raises(ValueError, match=field):
             config.update(**{"max_length": 9, field: value})
         assert config == GenerationConfig(max_length=7), "a failed update must change nothing"
+
+
+@pytest.mark.proves("fault:F37")
+def test_temperature_0_is_refused_with_sampling_only():
+    config = GenerationConfig.from_dict({"temperature": 0.0})
+    for settings in ({"do_sample": True, "temperature": 0.0}, {"do_sample": True, "temperature": 0}):
+        with pytest.raises(ValueError, match=r"temperature must be a number above 0 .*do_sample=False.*, got 0"):
+            GenerationConfig(**settings)
+    with pytest.raises(ValueError, match="temperature must be a number above 0"):
+        config.update(do_sample=True)
+    assert config.do_sample is None
 
 
 def test_values_at_the_edges_are_accepted():

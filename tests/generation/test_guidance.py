@@ -182,7 +182,7 @@ REFUSED = {
     "too long": ({"negative_prompt_ids": torch.full((1, 46), 5)}, "longest negative prompt has 46 tokens"),
     "shape": ({"negative_prompt_ids": torch.tensor([5, 6])}, r"shape \[2\], expected integers \[batch, length\]"),
     "floats": ({"negative_prompt_ids": torch.tensor([[5.0]])}, "is torch.float32"),
-    "text": ({"negative_prompt_ids": "no"}, "must be a tensor of integers, got str"),
+    "text": ({"negative_prompt_ids": "no"}, "negative_prompt_ids is a str, expected a tensor of integers"),
     "id": ({"negative_prompt_ids": torch.tensor([[97]])}, "negative prompt 0 holds the token id 97"),
     "mask shape": (
         {"negative_prompt_ids": NEGATIVE, "negative_prompt_attention_mask": torch.ones(3, 3)},

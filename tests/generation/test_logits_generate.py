@@ -282,7 +282,10 @@ def test_default_end_tokens_past_a_small_vocabulary(make_model):
     with pytest.raises(RequestError, match="`bos_token_id` has to be defined"):
         small.generate()
     # as a generation_config.json may have them
-    with pytest.raises(RequestError, match="50256, but the vocabulary has ids 0 to 96"):
+    with pytest.raises(
+        RequestError,
+        match="bos_token_id=50256 is where a call without input_ids starts, but the vocabulary has ids 0 to 96",
+    ):
         small.generate(generation_config=GenerationConfig(bos_token_id=50256))
     small.generation_config.eos_token_id = 50256
     # an end token that cannot be drawn ends nothing

@@ -1,0 +1,128 @@
+"""The executor of last resort: a step as calls of the model's own forward.
+
+A plan knows the published layers only. A model with forward hooks, adapters, pruned or parametrized layers computes
+something else, and here ``generate`` does too. It is slower: every step goes through the modules one by one, keys and
+values are copied between the paged cache and forward's, and sequences of unequal length take turns.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2rt import ops
+from gpt2rt.cache import PagedKVCache
+from gpt2rt.errors import RequestError
+from gpt2rt.graph import Plan, StepBatch, StepOutput
+
+from .evaluating import evaluating
+
+#: its name, for ``generation_executor``
+NAME = "modules"
+
+
+class ModuleExecutor:
+    """Runs steps by calling ``model.forward``, so that whatever hangs on its modules takes part.
+
+    Args:
+        model: a language model with ``config``, ``cache_class`` and a forward that takes ``past_key_values``,
+            ``position_ids`` and ``logits_to_keep``. It is not kept alive.
+    """
+
+    name = NAME
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+        config, weight = model.config, model.get_input_embeddings().weight
+        #: sizes only: there are no nodes to run
+        self.plan = Plan(
+            nodes=(),
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            head_dim=config.n_embd // config.n_head,
+            n_embd=config.n_embd,
+            vocab_size=config.vocab_size,
+            n_positions=config.n_positions,
+            dtype=model.dtype,
+            device=weight.device,
+        )
+
+    def with_positions(self, wpe: Tensor) -> ModuleExecutor:
+        """Refused: another table would change the caller's model."""
+        raise RequestError(
+            "token_type_ids cannot be given to generate while the model runs module by module; remove its hooks or "
+            "merge what was put in place of its layers"
+        )
+
+    @torch.no_grad()
+    def step(self, batch: StepBatch, cache: PagedKVCache, *, return_hidden: bool = False) -> StepOutput:
+        """Run one step; arguments as those of every executor.
+
+        Raises:
+            ValueError: ``return_hidden``, which forward has no place for.
+        """
+        if return_hidden:
+            raise ValueError("the executor of modules returns logits only; ask the model's forward for hidden states")
+        starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+        places = {row: place for place, row in enumerate(batch.logits_indices.tolist())}
+        logits = torch.empty((len(places), self.plan.vocab_size), dtype=torch.float32, device=self.plan.device)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for sequence, length in enumerate(lengths):
+            query_len = starts[sequence + 1] - starts[sequence]
+            alike.setdefault((query_len, length - query_len), []).append(sequence)
+        model = self._model()
+        assert model is not None
+        with evaluating(model):
+            for (query_len, past_len), sequences in alike.items():
+                rows = torch.tensor([range(starts[s], starts[s] + query_len) for s in sequences])
+                wanted = [i for i in range(query_len) if any(int(row[i]) in places for row in rows)]
+                found = self._forward(model, batch, cache, rows.to(self.plan.device), sequences, past_len, wanted)
+                for row, values in zip(rows.tolist(), found, strict=True):
+                    for place, value in zip((places.get(row[i]) for i in wanted), values, strict=True):
+                        if place is not None:
+                            logits[place] = value
+        return StepOutput(logits, None)
+
+    def _forward(
+        self,
+        model: Any,
+        batch: StepBatch,
+        cache: PagedKVCache,
+        rows: Tensor,
+        sequences: list[int],
+        past_len: int,
+        wanted: list[int],
+    ) -> Tensor:
+        """Sequences of one length: [num_seqs, len(wanted), vocab_size]; their keys and values go to the paged cache.
+
+        Args:
+            rows: [num_seqs, query_len], the tokens' places in the batch.
+            wanted: the columns whose logits are asked for.
+        """
+        blocks = batch.block_table[sequences, : cache.blocks_for(past_len)].long()
+        past = model.cache_class(
+            tuple(_gather(paged(layer), blocks, past_len) for paged in (cache.key_cache, cache.value_cache))
+            for layer in range(self.plan.n_layer if past_len else 0)
+        )
+        output = model(
+            input_ids=batch.input_ids[rows],
+            position_ids=batch.position_ids[rows],
+            past_key_values=past,
+            use_cache=True,
+            # at least one: an empty choice of positions is nothing that every head can do
+            logits_to_keep=torch.tensor(wanted or [rows.size(1) - 1], device=rows.device),
+            return_dict=True,
+        )
+        slots = batch.slot_mapping[rows].reshape(-1)
+        for layer, (keys, values) in enumerate(output.past_key_values):
+            new_keys, new_values = (x[:, :, past_len:].transpose(1, 2).flatten(0, 1) for x in (keys, values))
+            ops.write_kv(new_keys, new_values, cache.key_cache(layer), cache.value_cache(layer), slots)
+        return output.logits[:, : len(wanted)].float()
+
+
+def _gather(paged: Tensor, blocks: Tensor, length: int) -> Tensor:
+    """[num_seqs, n_head, length, head_dim] of a layer's blocks [num_blocks, n_head, block_size, head_dim]."""
+    return paged[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length]
