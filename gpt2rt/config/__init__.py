@@ -14,7 +14,8 @@ from gpt2rt.config.base import (
     refuse_remote_code,
     torch_dtype_of,
 )
-from gpt2rt.config.gpt2 import ACTIVATIONS, GPT2Config
+from gpt2rt.config.decoder import ACTIVATIONS
+from gpt2rt.config.gpt2 import GPT2Config
 from gpt2rt.config.openai_gpt import OpenAIGPTConfig, openai_gpt_activation
 
 __all__ = [

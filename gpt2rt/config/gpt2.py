@@ -1,28 +1,11 @@
 """The configuration of GPT-2."""
 
-import warnings
 from typing import Any, ClassVar
 
-from gpt2rt.config.base import PretrainedConfig
-from gpt2rt.errors import ConfigError
-
-# transformers' parameter-free activations; its "prelu" and "xielu" carry weights that GPT-2 checkpoints do not have
-# fmt: off
-ACTIVATIONS = frozenset((
-    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
-    "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu",
-    "sqrtsoftplus", "swish", "tanh",
-))
-# fmt: on
-
-SUMMARY_TYPES = ("cls_index", "last", "first", "mean", "attn")
-
-# a GPT-2 of this many weights is a damaged or hostile file, not a model: 2**40 float32 weights are 4 TiB
-MAX_PARAMETERS = 2**40
-MAX_LAYERS = 10_000
+from gpt2rt.config.decoder import DecoderConfig
 
 
-class GPT2Config(PretrainedConfig):
+class GPT2Config(DecoderConfig):
     """The configuration of a GPT-2, with transformers' fields and defaults (those of the 124M model).
 
     Args:
@@ -51,12 +34,16 @@ class GPT2Config(PretrainedConfig):
     """
 
     model_type = "gpt2"
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "n_embd",
-        "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    }
+    _activation_field = "activation_function"
+    _flags: ClassVar[tuple[str, ...]] = (
+        *DecoderConfig._flags,
+        "scale_attn_weights",
+        "use_cache",
+        "scale_attn_by_inverse_layer_idx",
+        "reorder_and_upcast_attn",
+        "add_cross_attention",
+    )
+    _default_token_id = 50256
 
     def __init__(
         self,
@@ -118,64 +105,10 @@ class GPT2Config(PretrainedConfig):
         super().__init__(**kwargs)
 
     def validate(self) -> None:
-        super().validate()
-        for field in ("vocab_size", "n_positions", "n_embd", "n_head"):
-            self._check_int(field, 1)
-        self._check_int("n_layer", 1, MAX_LAYERS)
         if self.n_inner is not None:
             self._check_int("n_inner", 1)
-        if self.n_embd % self.n_head != 0:
-            raise ConfigError(
-                f"{type(self).__name__}: n_embd = {self.n_embd} with n_head = {self.n_head}, but n_embd must be a "
-                f"multiple of n_head; the nearest are {self.n_embd // self.n_head * self.n_head} and "
-                f"{(self.n_embd // self.n_head + 1) * self.n_head}"
-            )
-        self._check_choice("activation_function", ACTIVATIONS)
-        self._check_choice("summary_activation", ACTIVATIONS, optional=True)
-        self._check_choice("summary_type", SUMMARY_TYPES)
-        for field in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"):
-            self._check_number(field, 0.0, 1.0)
-        self._check_number("layer_norm_epsilon", 0.0, 1.0, above=True)
-        self._check_number("initializer_range", 0.0, 1e4)
-        self._check_bool(
-            "summary_use_proj",
-            "summary_proj_to_labels",
-            "scale_attn_weights",
-            "use_cache",
-            "scale_attn_by_inverse_layer_idx",
-            "reorder_and_upcast_attn",
-            "add_cross_attention",
-            "tie_word_embeddings",
-        )
-        for field in ("bos_token_id", "pad_token_id", "eos_token_id"):
-            value = getattr(self, field)
-            listed = value if field == "eos_token_id" and isinstance(value, list) else [value]
-            if value is not None and not (listed and all(type(token) is int for token in listed)):
-                raise self._broken(field, f"a token id{' or a list of them' if field[0] == 'e' else ''} or None")
-        self._check_size()
+        super().validate()
 
-    def _check_size(self) -> None:
-        embd, inner = self.n_embd, self.n_inner or 4 * self.n_embd
-        attention = 4 * embd * embd * (2 if self.add_cross_attention else 1)
-        total = (self.vocab_size + self.n_positions) * embd + self.n_layer * (attention + 2 * embd * inner)
-        if total > MAX_PARAMETERS:
-            raise ConfigError(
-                f"{type(self).__name__}: vocab_size = {self.vocab_size}, n_positions = {self.n_positions}, n_embd = "
-                f"{embd}, n_inner = {inner}, n_layer = {self.n_layer} make about {total:.2e} weights, but a model may "
-                f"have at most {MAX_PARAMETERS:.2e}; is config.json damaged?"
-            )
-
-    def _drop_foreign_token_ids(self) -> None:
-        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(self, field)
-            listed = value if isinstance(value, list) else [] if value is None else [value]
-            kept = [token for token in listed if 0 <= token < self.vocab_size]
-            if kept == listed:
-                continue
-            setattr(self, field, kept if isinstance(value, list) and kept else None)
-            if value != 50256:
-                warnings.warn(
-                    f"{type(self).__name__}: {field} = {value!r} lies outside the vocabulary of {self.vocab_size} "
-                    "tokens and is treated as unset",
-                    stacklevel=4,
-                )
+    def _block_weights(self) -> int:
+        attention = 4 * self.n_embd * self.n_embd * (2 if self.add_cross_attention else 1)
+        return attention + 2 * self.n_embd * (self.n_inner or 4 * self.n_embd)

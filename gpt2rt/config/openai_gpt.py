@@ -1,11 +1,8 @@
 """The configuration of OpenAI GPT."""
 
-import warnings
 from typing import Any, ClassVar
 
-from gpt2rt.config.base import PretrainedConfig
-from gpt2rt.config.gpt2 import ACTIVATIONS, MAX_LAYERS, MAX_PARAMETERS, SUMMARY_TYPES
-from gpt2rt.errors import ConfigError
+from gpt2rt.config.decoder import DecoderConfig
 
 
 def openai_gpt_activation(afn: str) -> str:
@@ -13,7 +10,7 @@ def openai_gpt_activation(afn: str) -> str:
     return "gelu_new" if afn == "gelu" else afn
 
 
-class OpenAIGPTConfig(PretrainedConfig):
+class OpenAIGPTConfig(DecoderConfig):
     """The configuration of an OpenAI GPT, with transformers' fields and defaults (those of the published model).
 
     Args:
@@ -38,13 +35,8 @@ class OpenAIGPTConfig(PretrainedConfig):
     """
 
     model_type = "openai-gpt"
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "n_embd",
-        "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    }
     keys_to_ignore_at_inference: ClassVar[list[str]] = []
+    _activation_field = "afn"
 
     def __init__(
         self,
@@ -92,48 +84,3 @@ class OpenAIGPTConfig(PretrainedConfig):
         self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
         super().__init__(**kwargs)
-
-    def validate(self) -> None:
-        super().validate()
-        for field in ("vocab_size", "n_positions", "n_embd", "n_head"):
-            self._check_int(field, 1)
-        self._check_int("n_layer", 1, MAX_LAYERS)
-        if self.n_embd % self.n_head != 0:
-            raise ConfigError(
-                f"{type(self).__name__}: n_embd = {self.n_embd} with n_head = {self.n_head}, but n_embd must be a "
-                "multiple of n_head"
-            )
-        self._check_choice("afn", ACTIVATIONS)
-        self._check_choice("summary_activation", ACTIVATIONS, optional=True)
-        self._check_choice("summary_type", SUMMARY_TYPES)
-        for field in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"):
-            self._check_number(field, 0.0, 1.0)
-        self._check_number("layer_norm_epsilon", 0.0, 1.0, above=True)
-        self._check_number("initializer_range", 0.0, 1e4)
-        self._check_bool("summary_use_proj", "summary_proj_to_labels", "tie_word_embeddings")
-        for field in ("bos_token_id", "pad_token_id", "eos_token_id"):
-            value = getattr(self, field)
-            listed = value if field == "eos_token_id" and isinstance(value, list) else [value]
-            if value is not None and not (listed and all(type(token) is int for token in listed)):
-                raise self._broken(field, f"a token id{' or a list of them' if field[0] == 'e' else ''} or None")
-        total = (self.vocab_size + self.n_positions) * self.n_embd + self.n_layer * 12 * self.n_embd**2
-        if total > MAX_PARAMETERS:
-            raise ConfigError(
-                f"{type(self).__name__}: vocab_size = {self.vocab_size}, n_positions = {self.n_positions}, n_embd = "
-                f"{self.n_embd}, n_layer = {self.n_layer} make about {total:.2e} weights, but a model may have at most "
-                f"{MAX_PARAMETERS:.2e}; is config.json damaged?"
-            )
-
-    def _drop_foreign_token_ids(self) -> None:
-        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(self, field)
-            listed = value if isinstance(value, list) else [] if value is None else [value]
-            kept = [token for token in listed if 0 <= token < self.vocab_size]
-            if kept == listed:
-                continue
-            setattr(self, field, kept if isinstance(value, list) and kept else None)
-            warnings.warn(
-                f"{type(self).__name__}: {field} = {value!r} lies outside the vocabulary of {self.vocab_size} tokens "
-                "and is treated as unset",
-                stacklevel=4,
-            )

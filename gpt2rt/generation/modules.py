@@ -67,8 +67,11 @@ class ModuleExecutor:
         if return_hidden:
             raise ValueError("the executor of modules returns logits only; ask the model's forward for hidden states")
         starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
-        places = {row: place for place, row in enumerate(batch.logits_indices.tolist())}
-        logits = torch.empty((len(places), self.plan.vocab_size), dtype=torch.float32, device=self.plan.device)
+        places: dict[int, list[int]] = {}
+        for place, token in enumerate(batch.logits_indices.tolist()):
+            places.setdefault(token, []).append(place)
+        shape = (batch.logits_indices.numel(), self.plan.vocab_size)
+        logits = torch.empty(shape, dtype=torch.float32, device=self.plan.device)
         alike: dict[tuple[int, int], list[int]] = {}
         for sequence, length in enumerate(lengths):
             query_len = starts[sequence + 1] - starts[sequence]
@@ -77,13 +80,13 @@ class ModuleExecutor:
         assert model is not None
         with evaluating(model):
             for (query_len, past_len), sequences in alike.items():
-                rows = torch.tensor([range(starts[s], starts[s] + query_len) for s in sequences])
-                wanted = [i for i in range(query_len) if any(int(row[i]) in places for row in rows)]
-                found = self._forward(model, batch, cache, rows.to(self.plan.device), sequences, past_len, wanted)
-                for row, values in zip(rows.tolist(), found, strict=True):
-                    for place, value in zip((places.get(row[i]) for i in wanted), values, strict=True):
-                        if place is not None:
-                            logits[place] = value
+                tokens = [range(starts[s], starts[s] + query_len) for s in sequences]
+                wanted = sorted({i for row in tokens for i, token in enumerate(row) if token in places})
+                rows = torch.tensor(tokens, device=self.plan.device)
+                found = self._forward(model, batch, cache, rows, sequences, past_len, wanted)
+                for row, values in zip(tokens, found, strict=True):
+                    for i, value in zip(wanted, values, strict=True):
+                        logits[places.get(row[i], [])] = value
         return StepOutput(logits, None)
 
     def _forward(

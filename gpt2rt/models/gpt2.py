@@ -32,7 +32,7 @@ from .inputs import (
     selected_layers,
 )
 from .layers import Conv1D, LayerNorm
-from .lm_head import causal_lm_loss, token_logits
+from .lm_head import causal_lm_loss, check_token_labels, token_logits
 from .outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
 from .trunk import DecoderPreTrainedModel, Trunk
 
@@ -289,6 +289,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
             ValueError, InputRangeError, TypeError: as in :meth:`GPT2Model.forward`.
         """
         reject_unknown(type(self).forward, kwargs)
+        check_token_labels(labels, shift_labels, self.config.vocab_size)
         base = self.transformer(
             input_ids,
             past_key_values,

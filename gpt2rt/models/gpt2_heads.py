@@ -19,10 +19,10 @@ from gpt2rt.generation import GenerationMixin
 
 from .cache import DynamicCache
 from .gpt2 import GPT2Model, GPT2PreTrainedModel
-from .inputs import check_input, check_integers, reject_unknown
+from .inputs import check_input, reject_unknown
 from .layers import project
-from .lm_head import causal_lm_loss, token_logits
-from .losses import class_loss, class_targets, sequence_loss, sequence_targets
+from .lm_head import causal_lm_loss, check_token_labels, token_logits
+from .losses import choice_targets, class_loss, class_targets, sequence_loss, sequence_targets
 from .outputs import (
     GPT2DoubleHeadsModelOutput,
     QuestionAnsweringModelOutput,
@@ -117,23 +117,18 @@ class GPT2DoubleHeadsModel(GPT2WithHead, GenerationMixin):
             ValueError, InputRangeError, TypeError: as in :meth:`GPT2Model.forward`.
         """
         leading, seq_len = self._start(kwargs, input_ids, inputs_embeds)
-        if labels is not None:
-            check_integers("labels", labels)
+        check_token_labels(labels, None, self.config.vocab_size)
         if mc_token_ids is not None:
             check_cls_index("mc_token_ids", mc_token_ids, leading, seq_len)
+        if mc_labels is not None and self.multiple_choice_head.scores_choices:
+            choice_targets(mc_labels, leading)
         arguments = (input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds)
         base = self._run_base(kwargs, arguments, use_cache=use_cache)
         logits = token_logits(self.lm_head, base, logits_to_keep)
         mc_logits = self.multiple_choice_head(base.last_hidden_state, mc_token_ids).squeeze(-1)
         mc_loss = None
         if mc_labels is not None:
-            if mc_logits.dim() == 0:
-                raise ValueError(
-                    "mc_labels say which of several choices is right, but the input is a single sequence; give it the "
-                    "shape [batch, num_choices, seq_len]"
-                )
-            mc_target = class_targets("mc_labels", mc_labels, tuple(mc_logits.shape[:-1]), mc_logits.size(-1))
-            mc_loss = class_loss(mc_logits, mc_target)
+            mc_loss = class_loss(mc_logits, choice_targets(mc_labels, tuple(mc_logits.shape)))
         output = GPT2DoubleHeadsModelOutput(
             loss=None if labels is None else causal_lm_loss(logits, labels),
             mc_loss=mc_loss,

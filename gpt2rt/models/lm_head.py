@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import values_readable
-from .inputs import InputRangeError
+from .inputs import InputRangeError, check_integers
 from .layers import is_plain, project
 
 IGNORED = -100
@@ -78,6 +78,34 @@ def token_logits(head: nn.Module, base: Any, logits_to_keep: int | Tensor = 0) -
     return project(head, keep_positions(hidden, logits_to_keep))
 
 
+def check_token_labels(labels: Tensor | None, shift_labels: Tensor | None, vocab_size: int) -> None:
+    """Check labels before anything is computed for them.
+
+    Args:
+        labels: [..., seq_len], whose first is dropped by the shift, or None.
+        shift_labels: labels that a caller has shifted, which go before ``labels``, or None.
+        vocab_size: the labels go from 0 to here, or are -100.
+
+    Raises:
+        TypeError: they are not integers.
+        InputRangeError: one lies outside the vocabulary (CPU only).
+    """
+    given = labels if shift_labels is None else shift_labels
+    if given is None:
+        return
+    if isinstance(given, Tensor) and (given.is_floating_point() or given.dtype == torch.bool):
+        raise TypeError(f"labels must be integers, got {given.dtype}; use labels.long()")
+    check_integers("labels", given)
+    target = given if shift_labels is not None or given.dim() == 0 else given[..., 1:]
+    if values_readable(target) and target.numel():
+        bad = target[(target != IGNORED) & ((target < 0) | (target >= vocab_size))]
+        if bad.numel():
+            raise InputRangeError(
+                f"labels hold {int(bad[0])}, but the vocabulary has {vocab_size} tokens; use 0 to {vocab_size - 1}, or "
+                f"{IGNORED} for positions without a label"
+            )
+
+
 def causal_lm_loss(
     logits: Tensor,
     labels: Tensor | None,
@@ -103,8 +131,7 @@ def causal_lm_loss(
     """
     given = labels if shift_labels is None else shift_labels
     assert given is not None
-    if given.is_floating_point() or given.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {given.dtype}; use labels.long()")
+    check_token_labels(labels, shift_labels, logits.size(-1))
     rows_fit = given.numel() == logits[..., 0].numel()
     if not rows_fit or (shift_labels is None and (given.dim() == 0 or given.size(-1) != logits.size(-2))):
         raise ValueError(
@@ -116,13 +143,6 @@ def causal_lm_loss(
     vocab_size = logits.size(-1)
     target = shift_labels.reshape(-1).to(logits.device, torch.int64)
     rows = logits.float().reshape(-1, vocab_size)
-    if values_readable(target) and target.numel():
-        bad = target[(target != IGNORED) & ((target < 0) | (target >= vocab_size))]
-        if bad.numel():
-            raise InputRangeError(
-                f"labels hold {int(bad[0])}, but the vocabulary has {vocab_size} tokens; use 0 to {vocab_size - 1}, or "
-                f"{IGNORED} for positions without a label"
-            )
     if num_items_in_batch is None:
         return F.cross_entropy(rows, target, ignore_index=IGNORED)
     total = F.cross_entropy(rows, target, ignore_index=IGNORED, reduction="sum")

@@ -50,6 +50,29 @@ def class_targets(
     return target
 
 
+def choice_targets(mc_labels: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The right choice of each question.
+
+    Args:
+        mc_labels: [*questions] integers, -100 = ignored.
+        shape: [*questions, num_choices], the shape of the scores.
+
+    Returns:
+        [*questions] int64.
+
+    Raises:
+        ValueError: the input is a single sequence, or there is not one label for each question.
+        InputRangeError: no such choice (CPU only).
+        TypeError: the labels are not integers.
+    """
+    if not shape:
+        raise ValueError(
+            "mc_labels say which of several choices is right, but the input is a single sequence; give it the shape "
+            "[batch, num_choices, seq_len]"
+        )
+    return class_targets("mc_labels", mc_labels, shape[:-1], shape[-1])
+
+
 def class_loss(logits: Tensor, target: Tensor, ignored: int = IGNORED) -> Tensor:
     """Mean cross entropy over the targets that are not ignored, NaN if there are none.
 

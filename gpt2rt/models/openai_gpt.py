@@ -26,7 +26,7 @@ from .attention import self_attention_mask
 from .cache import DynamicCache
 from .inputs import check_input, layer_head_masks, reject_unknown, selected_layers
 from .layers import Conv1D
-from .lm_head import causal_lm_loss, token_logits
+from .lm_head import causal_lm_loss, check_token_labels, token_logits
 from .openai_gpt_blocks import OpenAIGPTBlock
 from .outputs import BaseModelOutput, CausalLMOutput
 from .pretrained import PreTrainedModel
@@ -251,6 +251,7 @@ class OpenAIGPTLMHeadModel(OpenAIGPTPreTrainedModel, GenerationMixin):
             ValueError, InputRangeError, TypeError: as in :meth:`OpenAIGPTModel.forward`.
         """
         reject_unknown(type(self).forward, kwargs)
+        check_token_labels(labels, shift_labels, self.config.vocab_size)
         base = self.transformer(
             input_ids,
             attention_mask,

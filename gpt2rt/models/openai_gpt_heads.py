@@ -16,10 +16,10 @@ from gpt2rt.config import OpenAIGPTConfig
 from gpt2rt.generation import GenerationMixin
 
 from .cache import DynamicCache
-from .inputs import check_input, check_integers, reject_unknown
+from .inputs import check_input, reject_unknown
 from .layers import project
-from .lm_head import causal_lm_loss, token_logits
-from .losses import class_loss, class_targets, sequence_loss, sequence_targets
+from .lm_head import causal_lm_loss, check_token_labels, token_logits
+from .losses import choice_targets, class_loss, sequence_loss, sequence_targets
 from .openai_gpt import OpenAIGPTModel, OpenAIGPTPreTrainedModel
 from .outputs import OpenAIGPTDoubleHeadsModelOutput, SequenceClassifierOutput
 from .summary import SequenceSummary, check_cls_index
@@ -93,10 +93,11 @@ class OpenAIGPTDoubleHeadsModel(OpenAIGPTPreTrainedModel, GenerationMixin):
         reject_unknown(type(self).forward, kwargs)
         vocab_size = self.transformer.tokens_embed.num_embeddings
         *leading, seq_len = check_input(input_ids, inputs_embeds, vocab_size, self.config.n_embd)
-        if labels is not None:
-            check_integers("labels", labels)
+        check_token_labels(labels, None, self.config.vocab_size)
         if mc_token_ids is not None:
             check_cls_index("mc_token_ids", mc_token_ids, tuple(leading), seq_len)
+        if mc_labels is not None and self.multiple_choice_head.scores_choices:
+            choice_targets(mc_labels, tuple(leading))
         base = self.transformer(
             input_ids,
             attention_mask,
@@ -114,13 +115,7 @@ class OpenAIGPTDoubleHeadsModel(OpenAIGPTPreTrainedModel, GenerationMixin):
         mc_logits = self.multiple_choice_head(base.last_hidden_state, mc_token_ids).squeeze(-1)
         mc_loss = None
         if mc_labels is not None:
-            if mc_logits.dim() == 0:
-                raise ValueError(
-                    "mc_labels say which of several choices is right, but the input is a single sequence; give it the "
-                    "shape [batch, num_choices, seq_len]"
-                )
-            mc_target = class_targets("mc_labels", mc_labels, tuple(mc_logits.shape[:-1]), mc_logits.size(-1))
-            mc_loss = class_loss(mc_logits, mc_target)
+            mc_loss = class_loss(mc_logits, choice_targets(mc_labels, tuple(mc_logits.shape)))
         output = OpenAIGPTDoubleHeadsModelOutput(
             loss=None if labels is None else causal_lm_loss(logits, labels),
             mc_loss=mc_loss,

@@ -52,6 +52,12 @@ class SequenceSummary(nn.Module):
         self.first_dropout = _dropout(config.summary_first_dropout)
         self.last_dropout = _dropout(getattr(config, "summary_last_dropout", None))
 
+    @property
+    def scores_choices(self) -> bool:
+        """Whether each sequence gets one number: forward's result has the leading dimensions of the input and a 1."""
+        head = self.summary
+        return self.summary_type == "cls_index" and isinstance(head, nn.Linear) and head.out_features == 1
+
     def forward(self, hidden_states: Tensor, cls_index: Tensor | None = None) -> Tensor:
         """
         Args:

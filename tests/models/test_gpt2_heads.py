@@ -726,6 +726,25 @@ def test_unknown_arguments_name_the_nearest_and_all_there_are(pair, head, wrong,
             model(IDS, **{absent: 1})
 
 
+@pytest.mark.parametrize(
+    ("head", "wrong"),
+    [
+        ("double", {"mc_labels": torch.tensor([2, 0])}),
+        *((None, {"labels": labels}) for labels in (IDS + 97, IDS.float())),
+        *(("double", {"labels": labels}) for labels in (IDS + 97, IDS.float())),
+    ],
+    ids=str,
+)
+def test_a_cache_does_not_grow_for_a_bad_label(build, head, wrong):
+    model = build(**HEADS[head]) if head else build()
+    ids = IDS[:, None].expand(2, 2, IDS.size(-1)) if "mc_labels" in wrong else IDS
+    past = model(ids).past_key_values
+    before = past.get_seq_length()
+    with pytest.raises((ValueError, TypeError)):
+        model(ids, past_key_values=past, **wrong)
+    assert past.get_seq_length() == before
+
+
 @pytest.mark.parametrize("arguments", [{"labels": torch.tensor([0, 3])}, {"use_cash": True}], ids=str)
 def test_nothing_is_computed_for_a_bad_call(build, arguments):
     model = build(**HEADS["sequence"])

@@ -84,7 +84,7 @@ def test_one_label_is_written_into_the_config():
         ({"mc_token_ids": torch.tensor([[0, 7, 0]])}, InputRangeError, "mc_token_ids holds 7"),
         ({"mc_token_ids": torch.tensor([0])}, ValueError, r"mc_token_ids has shape \[1\], expected \[1, 3\]"),
         ({"mc_labels": torch.tensor([3])}, InputRangeError, "mc_labels holds 3, but there are 3 classes"),
-        ({"labels": torch.zeros(1, 3, 7)}, TypeError, "labels must be int64 or int32"),
+        ({"labels": torch.zeros(1, 3, 7)}, TypeError, "labels must be integers"),
         ({"labels": torch.zeros(1, 3, 6, dtype=torch.long)}, ValueError, "do not match logits"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
