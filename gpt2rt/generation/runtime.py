@@ -100,7 +100,7 @@ def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> 
         if runtime.weights_changed(model) or rebuild:
             # the old ones go first: both together might not fit
             runtime.executors.clear()
-        wanted = runtime.preferred = name or runtime.preferred
+        wanted = chosen = name or runtime.preferred
         changed = model.changed_layer() if wanted is None else None
         if changed is not None:
             wanted = MODULES
@@ -110,4 +110,6 @@ def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> 
         if wanted not in runtime.executors:
             executor = ModuleExecutor(model) if wanted == MODULES else make_executor(model.build_graph(), wanted)
             runtime.executors[wanted] = runtime.executors.setdefault(executor.name, executor)
+        # only now: a choice that cannot run this model is not kept
+        runtime.preferred = chosen
         return runtime.executors[wanted]

@@ -144,6 +144,14 @@ def test_the_graph_can_be_asked_for_all_the_same(make_model):
     assert torch.equal(model.generate([[5, 6]], max_new_tokens=6), plain)
 
 
+def test_a_choice_that_cannot_run_the_model_is_not_kept(make_model):
+    model = make_model(activation_function="mish", eos_token_id=None)
+    expected = model.generate([[5, 6]], max_new_tokens=4)
+    with pytest.raises(ValueError, match="the cpu executor cannot run this model"):
+        model.generation_executor("cpu")
+    assert torch.equal(model.generate([[5, 6]], max_new_tokens=4), expected)
+
+
 def test_dropout_stays_out_and_the_mode_is_kept(make_model):
     model = make_model(eos_token_id=None, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     expected = model.generate([[5, 6]], max_new_tokens=6)

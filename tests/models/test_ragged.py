@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt2rt
+from gpt2rt import ops
 from gpt2rt.models.ragged import RaggedLayout
 
 H, D = 2, 8
@@ -148,8 +149,6 @@ def test_a_cache_that_was_shared_goes_on(choices):
 
 
 def test_the_reference_path_has_no_layout(choices, monkeypatch):
-    import gpt2rt.ops as ops
-
     model, ids = choices
     with torch.no_grad():
         fast = model(ids).logits
