@@ -17,6 +17,7 @@ class _Output:
 
     def keys(self) -> list[str]:
         """Names of the fields that are not None."""
+        # every subclass is a dataclass; mypy cannot know that here
         return [name for name in self.__dataclass_fields__ if getattr(self, name) is not None]  # type: ignore[attr-defined]
 
     def values(self) -> list[Any]:
