@@ -5,6 +5,7 @@
 // fixed sequence of operations that does not depend on how many rows or panels one call is given.
 #pragma once
 
+#include "packed.h"
 #include "types.h"
 
 namespace gpt2rt {
@@ -14,13 +15,10 @@ constexpr int kNumActivations = 7;
 
 // y = act(x w^T + bias) + residual, for the rows given and the panels panel_begin..panel_end
 struct GemmArgs {
-  const float* x;  // [m, k], row stride ldx
+  const void* x;  // m rows of weight.rows, ldx bytes apart
   int64_t ldx;
   int64_t m;
-  int64_t k;
-  const void* weight;  // panels [ceil(n / 64)][k][64], 64-byte aligned
-  DType weight_dtype;
-  int64_t n;
+  PackedWeight weight;
   int64_t panel_begin;
   int64_t panel_end;
   const float* bias;  // [n] or nullptr
@@ -69,7 +67,15 @@ struct Kernels {
   // strides in elements, one of them is 1; out_dtype is dtype or float32
   void (*pack_panel)(DType dtype, const void* w, int64_t stride_n, int64_t stride_k, int64_t num_columns, int64_t k,
                      DType out_dtype, void* out);
-  void (*gemm)(const GemmArgs& args);
+  // a float32 row as weight.rows wants it: bfloat16, or int8 in groups (packed.h)
+  void (*prepare_row)(const PackedWeight& weight, const float* x, void* row);
+  // a row of the weight (an output feature) as float32 [k]: embedding lookup in a packed table
+  void (*unpack_row)(const PackedWeight& weight, int64_t row, float* y);
+  // by what meets what: float32 rows and any weight; bfloat16 rows and bfloat16 weights (nullptr where there is no such
+  // instruction); int8 rows and int8 or int4 weights
+  void (*gemm_float32)(const GemmArgs& args);
+  void (*gemm_bfloat16)(const GemmArgs& args);
+  void (*gemm_int8)(const GemmArgs& args);
   void (*attention)(const AttentionArgs& args);
   int64_t (*attention_scratch_floats)(int64_t head_dim);
 };

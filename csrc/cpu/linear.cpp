@@ -82,12 +82,11 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& weight, const s
 
   const Kernels& kernel = kernels();
   GemmArgs args{};
-  args.x = data<float>(x);
-  args.ldx = x.stride(0);
+  args.x = x.const_data_ptr();
+  args.ldx = x.stride(0) * 4;
   args.m = m;
-  args.k = w.k;
-  args.weight_dtype = DType::kFloat32;
-  args.n = w.n;
+  args.weight.format = WeightFormat::kFloat32;
+  args.weight.k = w.k;
   args.activation = activation;
   args.y_dtype = dtype;
   args.ldy = w.n;
@@ -103,7 +102,7 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& weight, const s
       }
     });
     args.x = wide_x.data();
-    args.ldx = w.k;
+    args.ldx = w.k * 4;
   }
   if (bias.has_value()) {
     args.bias = data<float>(*bias);
@@ -119,16 +118,16 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& weight, const s
   parallel_rows(num_panels(w.n), 2 * (m + 1) * w.k * kPanel, [&](int64_t begin, int64_t end) {
     GemmArgs part = args;
     float* panel = thread_scratch_floats(w.k * kPanel);
-    part.weight = panel;
+    part.weight.data = panel;
     part.panel_begin = 0;
     part.panel_end = 1;
     for (int64_t p = begin; p < end; ++p) {
       pack_one(kernel, w, p, DType::kFloat32, panel);
-      part.n = w.n - p * kPanel < kPanel ? w.n - p * kPanel : kPanel;
+      part.weight.n = w.n - p * kPanel < kPanel ? w.n - p * kPanel : kPanel;
       part.bias = args.bias == nullptr ? nullptr : args.bias + p * kPanel;
       part.y = at(py, p * kPanel, dtype);
       if (add != nullptr) part.residual = at(add, p * kPanel, dtype);
-      kernel.gemm(part);
+      gemm(kernel, part);
     }
   });
   return y;

@@ -8,7 +8,24 @@
 
 namespace gpt2rt {
 
-inline int64_t num_panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+// what meets a weight: exact arithmetic reads float32 rows; the fast one of 16 bits and fewer where there is a kernel
+inline RowFormat row_format(const Kernels& k, WeightFormat format, bool fast) {
+  if (!fast) return RowFormat::kFloat32;
+  if (format == WeightFormat::kInt8 || format == WeightFormat::kInt4) return RowFormat::kInt8;
+  if (format == WeightFormat::kBFloat16 && k.gemm_bfloat16 != nullptr) return RowFormat::kBFloat16;
+  return RowFormat::kFloat32;
+}
+
+inline void gemm(const Kernels& k, const GemmArgs& args) {
+  switch (args.weight.rows) {
+    case RowFormat::kFloat32:
+      return k.gemm_float32(args);
+    case RowFormat::kBFloat16:
+      return k.gemm_bfloat16(args);
+    case RowFormat::kInt8:
+      return k.gemm_int8(args);
+  }
+}
 
 // rows up to which reading the weight from memory takes a good part of the time
 constexpr int64_t kFewRows = 32;
@@ -24,13 +41,15 @@ constexpr int64_t kRowChunk = 96;
 template <typename Done>
 void gemm_part(const Kernels& k, GemmArgs args, int thread, int threads, std::atomic<int64_t>& counter,
                const Done& done) {
-  const int64_t panels = num_panels(args.n);
-  const auto first_column = [&](int64_t panel) { return panel * kPanel < args.n ? panel * kPanel : args.n; };
+  const int64_t panels = num_panels(args.weight.n);
+  const auto first_column = [&](int64_t panel) {
+    return panel * kPanel < args.weight.n ? panel * kPanel : args.weight.n;
+  };
   if (args.m <= kFewRows) {
     const Range range = thread_range(panels, thread, threads);
     args.panel_begin = range.begin;
     args.panel_end = range.end;
-    k.gemm(args);
+    gemm(k, args);
     done(int64_t{0}, args.m, first_column(range.begin), first_column(range.end));
     return;
   }
@@ -41,13 +60,13 @@ void gemm_part(const Kernels& k, GemmArgs args, int thread, int threads, std::at
     const int64_t row = task % chunks * kRowChunk;
     args.panel_begin = panel;
     args.panel_end = panel + 1;
-    args.x = whole.x + row * whole.ldx;
+    args.x = static_cast<const char*>(whole.x) + row * whole.ldx;
     args.y = static_cast<char*>(whole.y) + row * whole.ldy * item_size(whole.y_dtype);
     if (whole.residual != nullptr) {
       args.residual = static_cast<const char*>(whole.residual) + row * whole.ld_residual * item_size(whole.y_dtype);
     }
     args.m = whole.m - row < kRowChunk ? whole.m - row : kRowChunk;
-    k.gemm(args);
+    gemm(k, args);
     done(row, args.m, first_column(panel), first_column(panel + 1));
   }
 }

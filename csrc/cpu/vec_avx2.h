@@ -99,6 +99,14 @@ inline void store_first(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first_l
 inline void store_first(bf16* p, Vec v, int n) { store_first_halves(p, narrow_bf16(v), n); }
 inline void store_first(f16* p, Vec v, int n) { store_first_halves(p, narrow_f16(v), n); }
 
+// the first n lanes, integers of -128..127
+inline void store_int8(int8_t* p, Vec v, int n) {
+  const __m256i words = _mm256_cvtps_epi32(v);
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
+  std::memcpy(p, &bytes, static_cast<size_t>(n));
+}
+
 inline void load_bf16_words(const void* p, Vec& low, Vec& high) {
   const __m256i w = _mm256_loadu_si256(static_cast<const __m256i*>(p));
   low = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));

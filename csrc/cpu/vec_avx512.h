@@ -81,6 +81,11 @@ inline void store_first(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first
 inline void store_first(bf16* p, Vec v, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bf16(v)); }
 inline void store_first(f16* p, Vec v, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_f16(v)); }
 
+// the first n lanes, integers of -128..127
+inline void store_int8(int8_t* p, Vec v, int n) {
+  _mm_mask_storeu_epi8(p, first_lanes(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
 // kLanes packed 32-bit words of bf16 (pack_panel): the low halves and the high halves
 inline void load_bf16_words(const void* p, Vec& low, Vec& high) {
   const __m512i w = _mm512_loadu_si512(p);

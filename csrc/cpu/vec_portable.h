@@ -137,6 +137,11 @@ inline void store(T* p, Vec v) {
   store_first(p, v, kLanes);
 }
 
+// the first n lanes, integers of -128..127
+inline void store_int8(int8_t* p, Vec v, int n) {
+  for (int i = 0; i < n; ++i) p[i] = static_cast<int8_t>(v[i]);
+}
+
 inline void load_bf16_words(const void* p, Vec& low, Vec& high) {
   VecInt w;
   std::memcpy(&w, p, sizeof(w));

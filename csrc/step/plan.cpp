@@ -74,20 +74,43 @@ class RowReader {
 
   void norm(Node& node, int64_t n) const {
     if (absent(1)) return;
+    node.has_norm = true;
     node.eps = eps();
     node.norm_weight = vector(1, "the norm's weight", n);
     node.norm_bias = vector(2, "the norm's bias", n);
   }
 
+  // the weight of n x k at the offset in `field`; without an arena its data is null
+  void weight(Node& node, int field, int64_t n, int64_t k) const {
+    PackedWeight& w = node.weight;
+    w.n = n;
+    w.k = k;
+    GPT2RT_CHECK(row_[7] >= 0 && row_[7] < kNumWeightFormats, where(), "weight format is ", row_[7],
+                 ", expected 0 (float32), 1 (bfloat16), 2 (float16), 3 (int8), 4 (int4) or 5 (4-bit codes)");
+    w.format = static_cast<WeightFormat>(row_[7]);
+    if (is_4bit(w.format)) {
+      w.group = row_[11];
+      GPT2RT_CHECK(w.group >= kMinGroup && w.group <= kMaxGroup && w.group % kMinGroup == 0, where(), "group size is ",
+                   w.group, ", expected a multiple of ", kMinGroup, " up to ", kMaxGroup);
+    }
+    if (w.format == WeightFormat::kCode4) {
+      GPT2RT_CHECK(k % w.group == 0, where(), "K is ", k, ", expected a multiple of the group size ", w.group);
+      w.codebook = vector(13, "the codebook", 16);
+    }
+    w.zeros = w.format == WeightFormat::kInt4 && flag(14, "the flag of zero points");
+    w.rows = row_format(kernels(), w.format, flag(12, "the arithmetic"));
+    w.data = bytes(field, "the packed weight", product(op_, {num_panels(n), panel_bytes(w)}), 64);
+  }
+
   void linear(Node& node) const {
-    node.k = size(5, "K");
-    node.n = size(6, "N");
-    GPT2RT_CHECK(row_[7] >= 0 && row_[7] <= 2, where(), "weight dtype code is ", row_[7],
-                 ", expected 0 (float32), 1 (bfloat16) or 2 (float16)");
-    node.weight_dtype = static_cast<DType>(row_[7]);
-    const int64_t length = product(op_, {num_panels(node.n), kPanel, node.k, item_size(node.weight_dtype)});
-    node.weight = bytes(3, "the packed weight", length, 64);
-    if (!absent(4)) node.bias = vector(4, "the bias", node.n);
+    const int64_t k = size(5, "K"), n = size(6, "N");
+    weight(node, 3, n, k);
+    if (!absent(4)) node.bias = vector(4, "the bias", n);
+  }
+
+  bool flag(int field, const char* name) const {
+    GPT2RT_CHECK(row_[field] == 0 || row_[field] == 1, where(), name, " is ", row_[field], ", expected 0 or 1");
+    return row_[field] == 1;
   }
 
   int64_t field(int i) const { return row_[i]; }
@@ -135,15 +158,16 @@ Plan read_plan(const char* op, const Tensor& tensor, const Tensor* arena) {
         node.vocab_size = row.size(1, "V");
         node.n_positions = row.size(2, "P");
         plan.n_embd = row.size(3, "E");
+        if (row.field(7) != 0) row.weight(node, 4, node.vocab_size, plan.n_embd);
         break;
       case Opcode::kNormQkv:
         row.linear(node);
-        row.expect(node.k == plan.n_embd, "K", node.k, plan.n_embd, "n_embd of EMBED");
-        row.expect(node.n == 3 * plan.n_embd, "N", node.n, 3 * plan.n_embd, "3 n_embd");
-        row.norm(node, node.k);
+        row.expect(node.weight.k == plan.n_embd, "K", node.weight.k, plan.n_embd, "n_embd of EMBED");
+        row.expect(node.weight.n == 3 * plan.n_embd, "N", node.weight.n, 3 * plan.n_embd, "3 n_embd");
+        row.norm(node, node.weight.k);
         node.layer = qkv_layer = row.field(8);
         GPT2RT_CHECK(node.layer >= 0, row.where(), "layer is ", node.layer, ", expected 0 or more");
-        plan.qkv_width = node.n;
+        plan.qkv_width = node.weight.n;
         break;
       case Opcode::kAttention:
         node.layer = row.field(1);
@@ -160,34 +184,38 @@ Plan read_plan(const char* op, const Tensor& tensor, const Tensor* arena) {
         break;
       case Opcode::kLinearResidual:
         row.linear(node);
-        row.expect(node.k == buf_width, "K", node.k, buf_width,
+        row.expect(node.weight.k == buf_width, "K", node.weight.k, buf_width,
                    "the width of the last ATTENTION or NORM_LINEAR_ACT (0: there is none)");
-        row.expect(node.n == plan.n_embd, "N", node.n, plan.n_embd, "n_embd of EMBED");
+        row.expect(node.weight.n == plan.n_embd, "N", node.weight.n, plan.n_embd, "n_embd of EMBED");
         break;
       case Opcode::kNormLinearAct:
         row.linear(node);
-        row.expect(node.k == plan.n_embd, "K", node.k, plan.n_embd, "n_embd of EMBED");
-        row.norm(node, node.k);
+        row.expect(node.weight.k == plan.n_embd, "K", node.weight.k, plan.n_embd, "n_embd of EMBED");
+        row.norm(node, node.weight.k);
         GPT2RT_CHECK(row.field(10) >= 0 && row.field(10) < kNumActivations, row.where(), "activation is ",
                      row.field(10), ", expected 0 to ", kNumActivations - 1);
         node.activation = static_cast<Activation>(row.field(10));
-        buf_width = node.n;
+        buf_width = node.weight.n;
         break;
       case Opcode::kNorm:
-        node.k = row.size(5, "E");
-        row.expect(node.k == plan.n_embd, "E", node.k, plan.n_embd, "n_embd of EMBED");
+        node.weight.k = row.size(5, "E");
+        row.expect(node.weight.k == plan.n_embd, "E", node.weight.k, plan.n_embd, "n_embd of EMBED");
         if (row.absent(1)) row.fail("NORM needs a weight, its offset is -1");
-        row.norm(node, node.k);
+        row.norm(node, node.weight.k);
         break;
       case Opcode::kHead:
-        node.k = row.size(5, "E");
-        row.expect(node.k == plan.n_embd, "E", node.k, plan.n_embd, "n_embd of EMBED");
-        row.norm(node, node.k);
+        node.weight.k = row.size(5, "E");
+        row.expect(node.weight.k == plan.n_embd, "E", node.weight.k, plan.n_embd, "n_embd of EMBED");
+        row.norm(node, node.weight.k);
         // a plan without a head has no weight and no N
         if (!row.absent(3)) row.linear(node);
         break;
       default:
         GPT2RT_CHECK(false, row.where(), "opcode is ", row.field(0), ", expected 0 to 6");
+    }
+    if (prepares_rows(node)) {
+      const int64_t bytes = row_bytes(node.weight);
+      plan.row_bytes = bytes > plan.row_bytes ? bytes : plan.row_bytes;
     }
     plan.buf_width = buf_width > plan.buf_width ? buf_width : plan.buf_width;
     // room was reserved, so this pointer stays
@@ -196,6 +224,12 @@ Plan read_plan(const char* op, const Tensor& tensor, const Tensor* arena) {
   }
   GPT2RT_CHECK(num_nodes > 0, op, ": plan has no rows, expected at least EMBED");
   return plan;
+}
+
+bool prepares_rows(const Node& node) {
+  const bool linear = node.opcode == Opcode::kNormQkv || node.opcode == Opcode::kLinearResidual ||
+                      node.opcode == Opcode::kNormLinearAct;
+  return linear && (node.has_norm || node.weight.rows != RowFormat::kFloat32);
 }
 
 int64_t row_stride(int64_t width) {
@@ -214,10 +248,13 @@ WorkspaceLayout workspace_layout(const char* op, const Plan& plan, int64_t num_t
                  " tokens and ", num_logits, " rows of logits need more than 2^63 bytes");
     return offset;
   };
-  layout.x_stride = layout.normed_stride = layout.head_stride = row_stride(plan.n_embd);
+  layout.x_stride = row_stride(plan.n_embd);
+  // the head's rows may be wanted as they are beside their prepared form
+  layout.rows_stride = row_stride((plan.row_bytes + 3) / 4);
+  layout.head_stride = row_stride(plan.head == nullptr ? 0 : (row_bytes(plan.head->weight) + 3) / 4);
   layout.qkv_stride = row_stride(plan.qkv_width);
   layout.x = take(num_tokens, layout.x_stride);
-  layout.normed = take(num_tokens, layout.normed_stride);
+  layout.rows = take(num_tokens, layout.rows_stride);
   layout.qkv = take(num_tokens, plan.qkv_width == 0 ? 0 : layout.qkv_stride);
   layout.buf = take(num_tokens, plan.buf_width == 0 ? 0 : row_stride(plan.buf_width));
   layout.head = take(num_logits, layout.head_stride);

@@ -2,8 +2,10 @@
 //
 // Everything is checked first; then the nodes run as phases on the thread pool with a barrier after each. A layer has
 // five: norm + QKV + write to the cache | attention | projection + residual | norm + fc + activation | projection +
-// residual. With few rows every thread computes the norm itself (the same numbers), which is cheaper than a barrier.
+// residual. Rows that a weight wants normed, in bfloat16 or in int8 are prepared first: with few rows by every thread
+// for itself (the same numbers), which is cheaper than a barrier, else in a phase of their own.
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <vector>
 
@@ -15,9 +17,9 @@
 namespace gpt2rt {
 namespace {
 
-// rows up to which each thread computes a norm for itself instead of sharing the work and waiting at a barrier: a row
-// of 768 takes 0.14 us on Zen 4
-constexpr int64_t kOwnNormRows = 8;
+// rows up to which each thread prepares all of them for itself instead of sharing the work and waiting at a barrier:
+// the norm of a row of 768 takes 0.14 us on Zen 4
+constexpr int64_t kOwnRows = 8;
 
 struct Batch {
   int64_t num_tokens;
@@ -40,7 +42,8 @@ struct Cache {
   char* values(int64_t layer) const { return static_cast<char*>(at(data, (2 * layer + 1) * half, dtype)); }
 };
 
-enum class PhaseKind { kEmbed, kNormRows, kNormInPlace, kLinear, kAttention, kHeadRows, kHeadLinear };
+// the codes are those of the profile (gpt2rt.graph.cpu)
+enum class PhaseKind { kEmbed, kRows, kNormInPlace, kLinear, kAttention, kHeadRows, kHeadLinear };
 
 struct Phase {
   PhaseKind kind;
@@ -48,41 +51,66 @@ struct Phase {
   int64_t buf_width;  // width of the buffer that a LINEAR_RESIDUAL reads
 };
 
+struct Tables {
+  const void* wte;  // unused where the plan has a packed table
+  DType wte_dtype;
+  const void* wpe;
+  DType wpe_dtype;
+};
+
+// When each phase began, as thread 0 saw it.
+class Profile {
+ public:
+  void start(int phase) {
+    starts_.resize(static_cast<size_t>(phase) + 1);
+    starts_.back() = std::chrono::steady_clock::now();
+  }
+
+  double seconds(size_t phase, std::chrono::steady_clock::time_point end) const {
+    const auto stop = phase + 1 < starts_.size() ? starts_[phase + 1] : end;
+    return std::chrono::duration<double>(stop - starts_[phase]).count();
+  }
+
+ private:
+  std::vector<std::chrono::steady_clock::time_point> starts_;
+};
+
 class Step {
  public:
   Step(const Kernels& kernels, const Plan& plan, const Batch& batch, const Cache& cache, const WorkspaceLayout& layout,
-       float* workspace, const void* wte, const void* wpe, DType table_dtype, float* logits, float* hidden)
+       float* workspace, const Tables& tables, float* logits, float* hidden, Profile* profile)
       : k_(kernels),
         plan_(plan),
         batch_(batch),
         cache_(cache),
         layout_(layout),
         x_(workspace + layout.x),
-        normed_(workspace + layout.normed),
+        rows_(reinterpret_cast<char*>(workspace + layout.rows)),
         qkv_(workspace + layout.qkv),
         buf_(workspace + layout.buf),
-        head_rows_(hidden != nullptr ? hidden : workspace + layout.head),
-        head_stride_(hidden != nullptr ? plan.n_embd : layout.head_stride),
-        wte_(wte),
-        wpe_(wpe),
-        table_dtype_(table_dtype),
+        head_rows_(reinterpret_cast<char*>(workspace + layout.head)),
+        tables_(tables),
         logits_(logits),
-        hidden_(hidden) {
+        hidden_(hidden),
+        profile_(profile) {
     build_phases();
     counters_ = std::vector<std::atomic<int64_t>>(phases_.size());
     if (plan.qkv_width > 0) tiles_ = attention_tiles(batch.paged, cache.num_heads);
   }
 
+  const std::vector<Phase>& phases() const { return phases_; }
+
   void run(int num_threads) {
     run_phases(num_threads, static_cast<int>(phases_.size()), [this](int phase, int thread, int threads) {
+      if (profile_ != nullptr && thread == 0) profile_->start(phase);
       run_phase(phases_[static_cast<size_t>(phase)], counters_[static_cast<size_t>(phase)], thread, threads);
     });
   }
 
  private:
-  bool own_norm() const { return batch_.num_tokens <= kOwnNormRows; }
+  bool own_rows() const { return batch_.num_tokens <= kOwnRows; }
   // with a hidden tensor the rows are stored anyway
-  bool own_head_rows() const { return batch_.num_logits <= kOwnNormRows && hidden_ == nullptr; }
+  bool own_head_rows() const { return batch_.num_logits <= kOwnRows && hidden_ == nullptr; }
 
   void build_phases() {
     int64_t buf_width = 0;
@@ -93,15 +121,16 @@ class Step {
           break;
         case Opcode::kNormQkv:
         case Opcode::kNormLinearAct:
-          if (node.norm_weight != nullptr && !own_norm()) phases_.push_back({PhaseKind::kNormRows, &node, 0});
+          if (prepares_rows(node) && !own_rows()) phases_.push_back({PhaseKind::kRows, &node, 0});
           phases_.push_back({PhaseKind::kLinear, &node, 0});
-          if (node.opcode == Opcode::kNormLinearAct) buf_width = node.n;
+          if (node.opcode == Opcode::kNormLinearAct) buf_width = node.weight.n;
           break;
         case Opcode::kAttention:
           phases_.push_back({PhaseKind::kAttention, &node, 0});
           buf_width = plan_.n_embd;
           break;
         case Opcode::kLinearResidual:
+          if (prepares_rows(node) && !own_rows()) phases_.push_back({PhaseKind::kRows, &node, buf_width});
           phases_.push_back({PhaseKind::kLinear, &node, buf_width});
           break;
         case Opcode::kNorm:
@@ -122,16 +151,18 @@ class Step {
     switch (phase.kind) {
       case PhaseKind::kEmbed:
         return embed(thread_range(batch_.num_tokens, thread, threads));
-      case PhaseKind::kNormRows:
-        return norm_rows(node, thread_range(batch_.num_tokens, thread, threads), normed_, layout_.normed_stride);
+      case PhaseKind::kRows:
+        return prepare_rows(node, phase.buf_width, thread_range(batch_.num_tokens, thread, threads), rows_,
+                            thread_scratch_floats(plan_.n_embd));
       case PhaseKind::kNormInPlace:
-        return norm_rows(node, thread_range(batch_.num_tokens, thread, threads), x_, layout_.x_stride);
+        return norm_in_place(node, thread_range(batch_.num_tokens, thread, threads));
       case PhaseKind::kLinear:
         return linear(node, phase.buf_width, counter, thread, threads);
       case PhaseKind::kAttention:
         return attention(node, counter);
       case PhaseKind::kHeadRows:
-        return gather_head_rows(node, thread_range(batch_.num_logits, thread, threads), head_rows_, head_stride_);
+        return prepare_head_rows(node, thread_range(batch_.num_logits, thread, threads), head_rows_,
+                                 thread_scratch_floats(plan_.n_embd));
       case PhaseKind::kHeadLinear:
         return head_linear(node, counter, thread, threads);
     }
@@ -139,9 +170,24 @@ class Step {
 
   void embed(Range rows) const {
     const int64_t n = plan_.n_embd;
+    const PackedWeight& packed = plan_.nodes.front().weight;
+    const DType wpe_dtype = tables_.wpe_dtype;
     for (int64_t t = rows.begin; t < rows.end; ++t) {
-      k_.add_row_f32(table_dtype_, at(wte_, batch_.input_ids[t] * n, table_dtype_),
-                     at(wpe_, batch_.position_ids[t] * n, table_dtype_), n, x_ + t * layout_.x_stride);
+      const int64_t id = batch_.input_ids[t];
+      const void* position = at(tables_.wpe, batch_.position_ids[t] * n, wpe_dtype);
+      float* x = x_ + t * layout_.x_stride;
+      if (packed.data == nullptr && tables_.wte_dtype == wpe_dtype) {
+        k_.add_row_f32(wpe_dtype, at(tables_.wte, id * n, wpe_dtype), position, n, x);
+        continue;
+      }
+      float* wide = thread_scratch_floats(n);
+      if (packed.data != nullptr) {
+        k_.unpack_row(packed, id, x);
+      } else {
+        k_.convert_row(tables_.wte_dtype, at(tables_.wte, id * n, tables_.wte_dtype), DType::kFloat32, x, n);
+      }
+      k_.convert_row(wpe_dtype, position, DType::kFloat32, wide, n);
+      k_.add_row_f32(DType::kFloat32, x, wide, n, x);
     }
   }
 
@@ -150,29 +196,48 @@ class Step {
                       plan_.n_embd, y);
   }
 
-  void norm_rows(const Node& node, Range rows, float* y, int64_t stride) const {
-    for (int64_t t = rows.begin; t < rows.end; ++t) norm_row(node, t, y + t * stride);
+  void norm_in_place(const Node& node, Range rows) const {
+    for (int64_t t = rows.begin; t < rows.end; ++t) norm_row(node, t, x_ + t * layout_.x_stride);
   }
 
-  // rows[r] = norm(x[logits_indices[r]])
-  void gather_head_rows(const Node& node, Range rows, float* y, int64_t stride) const {
+  int64_t rows_bytes() const { return layout_.rows_stride * 4; }
+  int64_t head_bytes() const { return layout_.head_stride * 4; }
+
+  // rows of the stream through the node's norm, or of the buffer, as its weight wants them; scratch holds n_embd floats
+  void prepare_rows(const Node& node, int64_t buf_width, Range rows, char* out, float* scratch) const {
+    const bool as_they_are = node.weight.rows == RowFormat::kFloat32;
+    for (int64_t t = rows.begin; t < rows.end; ++t) {
+      char* target = out + t * rows_bytes();
+      const float* x =
+          node.opcode == Opcode::kLinearResidual ? buf_ + t * row_stride(buf_width) : x_ + t * layout_.x_stride;
+      if (node.has_norm) {
+        float* normed = as_they_are ? reinterpret_cast<float*>(target) : scratch;
+        norm_row(node, t, normed);
+        x = normed;
+      }
+      if (!as_they_are) k_.prepare_row(node.weight, x, target);
+    }
+  }
+
+  // row r of the head is norm(x[logits_indices[r]]); scratch holds n_embd floats
+  void prepare_head_rows(const Node& node, Range rows, char* out, float* scratch) const {
+    const int64_t n = plan_.n_embd;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const int64_t row = batch_.logits_indices[r];
-      if (node.norm_weight != nullptr) {
-        norm_row(node, row, y + r * stride);
+      float* normed = hidden_ != nullptr ? hidden_ + r * n : scratch;
+      if (node.has_norm) {
+        norm_row(node, row, normed);
       } else {
-        std::memcpy(y + r * stride, x_ + row * layout_.x_stride, static_cast<size_t>(plan_.n_embd) * sizeof(float));
+        std::memcpy(normed, x_ + row * layout_.x_stride, static_cast<size_t>(n) * sizeof(float));
       }
+      if (logits_ != nullptr) k_.prepare_row(node.weight, normed, out + r * head_bytes());
     }
   }
 
   static GemmArgs gemm_args(const Node& node, int64_t rows) {
     GemmArgs args{};
     args.m = rows;
-    args.k = node.k;
     args.weight = node.weight;
-    args.weight_dtype = node.weight_dtype;
-    args.n = node.n;
     args.bias = node.bias;
     args.activation = node.activation;
     args.y_dtype = DType::kFloat32;
@@ -182,29 +247,29 @@ class Step {
   void linear(const Node& node, int64_t buf_width, std::atomic<int64_t>& counter, int thread, int threads) const {
     const int64_t rows = batch_.num_tokens;
     GemmArgs args = gemm_args(node, rows);
-    if (node.opcode == Opcode::kLinearResidual) {
-      args.x = buf_;
-      args.ldx = row_stride(buf_width);
+    const bool residual = node.opcode == Opcode::kLinearResidual, qkv = node.opcode == Opcode::kNormQkv;
+    if (!prepares_rows(node)) {
+      args.x = residual ? buf_ : x_;
+      args.ldx = 4 * (residual ? row_stride(buf_width) : layout_.x_stride);
+    } else {
+      args.x = rows_;
+      args.ldx = rows_bytes();
+      if (own_rows()) {
+        float* scratch = thread_scratch_floats(rows * layout_.rows_stride + plan_.n_embd);
+        char* own = reinterpret_cast<char*>(scratch);
+        prepare_rows(node, buf_width, {0, rows}, own, scratch + rows * layout_.rows_stride);
+        args.x = own;
+      }
+    }
+    if (residual) {
       args.residual = args.y = x_;
       args.ld_residual = args.ldy = layout_.x_stride;
     } else {
-      args.x = x_;
-      args.ldx = layout_.x_stride;
-      if (node.norm_weight != nullptr) {
-        args.x = normed_;
-        args.ldx = layout_.normed_stride;
-        if (own_norm()) {
-          float* own = thread_scratch_floats(rows * layout_.normed_stride);
-          norm_rows(node, {0, rows}, own, layout_.normed_stride);
-          args.x = own;
-        }
-      }
-      const bool qkv = node.opcode == Opcode::kNormQkv;
       args.y = qkv ? qkv_ : buf_;
-      args.ldy = qkv ? layout_.qkv_stride : row_stride(node.n);
+      args.ldy = qkv ? layout_.qkv_stride : row_stride(node.weight.n);
     }
     gemm_part(k_, args, thread, threads, counter, [&](int64_t row, int64_t count, int64_t column, int64_t end) {
-      if (node.opcode == Opcode::kNormQkv) write_cache(node.layer, row, count, column, end);
+      if (qkv) write_cache(node.layer, row, count, column, end);
     });
   }
 
@@ -250,12 +315,13 @@ class Step {
   void head_linear(const Node& node, std::atomic<int64_t>& counter, int thread, int threads) const {
     GemmArgs args = gemm_args(node, batch_.num_logits);
     args.x = head_rows_;
-    args.ldx = head_stride_;
+    args.ldx = head_bytes();
     args.y = logits_;
-    args.ldy = node.n;
+    args.ldy = node.weight.n;
     if (own_head_rows()) {
-      float* own = thread_scratch_floats(batch_.num_logits * head_stride_);
-      gather_head_rows(node, {0, batch_.num_logits}, own, head_stride_);
+      float* scratch = thread_scratch_floats(batch_.num_logits * layout_.head_stride + plan_.n_embd);
+      char* own = reinterpret_cast<char*>(scratch);
+      prepare_head_rows(node, {0, batch_.num_logits}, own, scratch + batch_.num_logits * layout_.head_stride);
       args.x = own;
     }
     gemm_part(k_, args, thread, threads, counter, [](int64_t, int64_t, int64_t, int64_t) {});
@@ -267,16 +333,14 @@ class Step {
   const Cache& cache_;
   const WorkspaceLayout& layout_;
   float* x_;
-  float* normed_;
+  char* rows_;
   float* qkv_;
   float* buf_;
-  float* head_rows_;
-  int64_t head_stride_;
-  const void* wte_;
-  const void* wpe_;
-  DType table_dtype_;
+  char* head_rows_;
+  const Tables& tables_;
   float* logits_;
   float* hidden_;
+  Profile* profile_;
   std::vector<Phase> phases_;
   std::vector<std::atomic<int64_t>> counters_;
   std::vector<AttentionTile> tiles_;
@@ -346,17 +410,44 @@ float* check_result(const char* name, const Tensor& t, int64_t num_logits, int64
   return mutable_data<float>(t);
 }
 
+// [rows, 3] float64 with room for every phase
+void check_times(const Tensor& times, size_t phases) {
+  check_dtype(kOp, "times", times, ScalarType::Double);
+  check_dim(kOp, "times", times, 2, "[rows, 3]");
+  check_size(kOp, "times", times, 1, 3, "node, kind of phase, seconds");
+  check_contiguous(kOp, "times", times);
+  GPT2RT_CHECK(times.size(0) >= static_cast<int64_t>(phases), kOp, ": times has ", times.size(0),
+               " rows, expected at least ", phases, ", one for each phase of this step");
+}
+
+// a row for each phase: index of its node, kind, seconds; the node is -1 in the rows past the last
+void write_times(const Tensor& times, const Plan& plan, const std::vector<Phase>& phases, const Profile& profile) {
+  const auto end = std::chrono::steady_clock::now();
+  double* row = mutable_data<double>(times);
+  for (int64_t i = 0; i < times.size(0); ++i, row += 3) {
+    const size_t phase = static_cast<size_t>(i);
+    const bool ran = phase < phases.size();
+    row[0] = ran ? static_cast<double>(phases[phase].node - plan.nodes.data()) : -1.0;
+    row[1] = ran ? static_cast<double>(phases[phase].kind) : -1.0;
+    row[2] = ran ? profile.seconds(phase, end) : 0.0;
+  }
+}
+
 void cpu_step(const Tensor& plan_rows, const Tensor& arena, const Tensor& wte, const Tensor& wpe,
               const Tensor& input_ids, const Tensor& position_ids, const Tensor& query_start_loc,
               const Tensor& seq_lens, const Tensor& block_table, const Tensor& slot_mapping,
               const Tensor& logits_indices, const Tensor& kv_cache, const Tensor& workspace, const Tensor& logits,
-              const Tensor& hidden, int64_t num_threads) {
+              const Tensor& hidden, int64_t num_threads, const std::optional<Tensor>& times) {
   const Plan plan = read_plan(kOp, plan_rows, &arena);
   const int threads = resolve_num_threads(num_threads);
   const Node& embed = plan.nodes.front();
-  const DType table_dtype = check_table("wte", wte, embed.vocab_size, plan.n_embd);
-  check_table("wpe", wpe, embed.n_positions, plan.n_embd);
-  check_same_dtype(kOp, "wpe", wpe, "wte", wte);
+  Tables tables{};
+  if (embed.weight.data == nullptr) {
+    tables.wte_dtype = check_table("wte", wte, embed.vocab_size, plan.n_embd);
+    tables.wte = wte.const_data_ptr();
+  }
+  tables.wpe_dtype = check_table("wpe", wpe, embed.n_positions, plan.n_embd);
+  tables.wpe = wpe.const_data_ptr();
   const Cache cache = check_cache(kv_cache, plan);
 
   Batch batch{};
@@ -397,8 +488,8 @@ void cpu_step(const Tensor& plan_rows, const Tensor& arena, const Tensor& wte, c
                 "a slot of the cache, or -1 for none");
   check_indices("logits_indices", batch.logits_indices, num_logits, 0, num_tokens, "a token of this step");
 
-  const bool has_head = plan.head != nullptr && plan.head->n > 0;
-  float* logits_out = check_result("logits", logits, num_logits, has_head ? plan.head->n : logits.size(1));
+  const bool has_head = plan.head != nullptr && plan.head->weight.n > 0;
+  float* logits_out = check_result("logits", logits, num_logits, has_head ? plan.head->weight.n : logits.size(1));
   float* hidden_out = check_result("hidden", hidden, num_logits, plan.n_embd);
   GPT2RT_CHECK(logits_out == nullptr || has_head, kOp, ": logits has ", logits.size(0),
                " rows, but the plan has no head; pass [0, V]");
@@ -415,9 +506,12 @@ void cpu_step(const Tensor& plan_rows, const Tensor& arena, const Tensor& wte, c
   const uintptr_t start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   float* floats = reinterpret_cast<float*>((start + 63) / 64 * 64);
 
-  Step step(kernels(), plan, batch, cache, layout, floats, wte.const_data_ptr(), wpe.const_data_ptr(), table_dtype,
-            logits_out, hidden_out);
+  Profile profile;
+  Step step(kernels(), plan, batch, cache, layout, floats, tables, logits_out, hidden_out,
+            times.has_value() ? &profile : nullptr);
+  if (times.has_value()) check_times(*times, step.phases().size());
   step.run(threads);
+  if (times.has_value()) write_times(*times, plan, step.phases(), profile);
 }
 
 int64_t cpu_step_workspace_bytes(const Tensor& plan_rows, int64_t num_tokens, int64_t num_logits) {

@@ -1,14 +1,17 @@
 """The cpu executor: a plan as a table of numbers and one arena of packed weights, run by one C++ call a step.
 
-Activations are float32 from the embedding to the logits whatever the weights' storage dtype; keys and values are
-stored in the cache's dtype. Results are bit-equal whatever the batch, its neighbours, the chunks of the prompt and
-the number of threads (csrc/step says how).
+The residual stream, norms, attention and logits are float32 whatever the weights' format; keys and values are stored in
+the cache's dtype. Two arithmetics of the matrix products: "exact" multiplies float32 activations; "fast" takes what the
+format allows, bfloat16 activations with bfloat16 weights where the processor has the instruction, int8 ones with int8
+and int4 weights (unless the weight itself asks for float32). Results are bit-equal whatever the batch, its neighbours,
+the chunks of the prompt and the number of threads (csrc/step says how).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import struct
 import threading
 
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from gpt2rt import ops
 from gpt2rt.cache import PagedKVCache
+from gpt2rt.quantization import QuantizedWeight
 
 from .arena import allocate_arena
 from .batch import StepBatch, StepOutput
@@ -39,6 +43,8 @@ from .plan import (
 _FIELDS = 16
 _EMBED, _NORM_QKV, _ATTENTION, _LINEAR_RESIDUAL, _NORM_LINEAR_ACT, _NORM, _HEAD = range(7)
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INT8, _INT4, _CODE4 = 3, 4, 5
+_PHASES = ("embed", "rows", "norm", "linear", "attention", "head rows", "head")
 _ACTIVATION_CODES = {
     "linear": 0,
     "gelu_new": 1,
@@ -52,6 +58,9 @@ _ACTIVATION_CODES = {
     "tanh": 5,
     "quick_gelu": 6,
 }
+
+
+ARITHMETICS = ("fast", "exact")
 
 
 def unsupported(plan: Plan) -> str:
@@ -79,18 +88,58 @@ class _Vector:
 class _Packed:
     offset: int
     num_bytes: int
-    source: Tensor
+    source: Tensor | QuantizedWeight
+
+    def write(self, arena: Tensor) -> None:
+        out = arena[self.offset : self.offset + self.num_bytes]
+        source = self.source
+        if isinstance(source, QuantizedWeight):
+            sizes = {"in_features": source.shape[1], "group_size": source.group_size}
+            ops.pack_quantized(source.codes, source.scales, source.zeros, source.codebook, out, **sizes)
+        else:
+            ops.pack_linear(source, out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of a profiled step.
+
+    Attributes:
+        node: index of its node in the plan.
+        name: "embed", "rows" (norm, rounding or quantisation of many rows), "norm", "linear", "attention", "head rows"
+            or "head".
+        seconds: how long it took, the barrier after it included.
+    """
+
+    node: int
+    name: str
+    seconds: float
+
+
+def default_arithmetic() -> str:
+    """``GPT2RT_CPU_ARITHMETIC``, or "fast".
+
+    Raises:
+        ValueError: it is neither "fast" nor "exact".
+    """
+    value = os.environ.get("GPT2RT_CPU_ARITHMETIC") or "fast"
+    if value not in ARITHMETICS:
+        raise ValueError(f"GPT2RT_CPU_ARITHMETIC is {value!r}, expected one of {', '.join(ARITHMETICS)}")
+    return value
 
 
 class _Encoder:
     """Lays a plan out: first every offset, then one allocation, then the packing."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, arithmetic: str) -> None:
         self.rows: list[list[int]] = []
         self.vectors: list[_Vector] = []
         self.packed: list[_Packed] = []
         self.size = 0
         self.n_embd = plan.n_embd
+        self.fast = arithmetic == "fast"
+        # where quantised weights lie, by identity: a table that is the head's weight too is packed once
+        self._places: dict[int, dict[int, int]] = {}
         for node in plan.nodes:
             self._encode(node)
 
@@ -114,28 +163,62 @@ class _Encoder:
         if linear is None:
             return {3: -1, 4: -1}
         weight = linear.weight
-        num_bytes = ops.packed_linear_bytes(weight.size(0), weight.size(1), weight.dtype)
-        self.packed.append(_Packed(self._reserve(num_bytes), num_bytes, weight))
-        return {
-            3: self.packed[-1].offset,
-            4: self._vector(linear.bias),
-            5: weight.size(1),
-            6: weight.size(0),
-            7: _DTYPE_CODES[weight.dtype],
-        }
+        if isinstance(weight, QuantizedWeight):
+            place = self._quantized(weight)
+        else:
+            num_bytes = ops.packed_linear_bytes(weight.size(0), weight.size(1), weight.dtype)
+            self.packed.append(_Packed(self._reserve(num_bytes), num_bytes, weight))
+            place = {3: self.packed[-1].offset, 7: _DTYPE_CODES[weight.dtype], 12: self.fast}
+        n, k = weight.shape
+        return {**place, 4: self._vector(linear.bias), 5: k, 6: n}
+
+    def _quantized(self, weight: QuantizedWeight) -> dict[int, int]:
+        if id(weight) in self._places:
+            return self._places[id(weight)]
+        int8, codebook = weight.scheme == "int8", weight.codebook
+        n, k = weight.shape
+        if not ops.has_kernel(int8, codebook is not None, k, weight.group_size):
+            # the same numbers, in more memory: blocks of odd sizes are those of odd models
+            dense = weight.dequantize()
+            num_bytes = ops.packed_linear_bytes(n, k, dense.dtype)
+            self.packed.append(_Packed(self._reserve(num_bytes), num_bytes, dense))
+            place = {3: self.packed[-1].offset, 7: _DTYPE_CODES[dense.dtype]}
+        else:
+            num_bytes = ops.packed_quantized_bytes(
+                n,
+                k,
+                bits=8 if int8 else 4,
+                group_size=weight.group_size,
+                has_zeros=weight.zeros is not None,
+                has_codebook=codebook is not None,
+            )
+            self.packed.append(_Packed(self._reserve(num_bytes), num_bytes, weight))
+            place = {
+                3: self.packed[-1].offset,
+                7: _INT8 if int8 else _INT4 if codebook is None else _CODE4,
+                11: weight.group_size,
+                12: self.fast and weight.activations == "int8",
+                13: self._vector(codebook),
+                14: weight.zeros is not None,
+            }
+        self._places[id(weight)] = place
+        return place
 
     def _row(self, opcode: int, *parts: dict[int, int]) -> None:
         row = [0] * _FIELDS
         row[0] = opcode
         for part in parts:
             for field, value in part.items():
-                row[field] = value
+                row[field] = int(value)
         self.rows.append(row)
 
     def _encode(self, node) -> None:
         match node:
             case Embed():
-                self._row(_EMBED, {1: node.wte.size(0), 2: node.wpe.size(0), 3: node.wte.size(1)})
+                v, e = node.wte.shape
+                place = self._quantized(node.wte) if isinstance(node.wte, QuantizedWeight) else {}
+                table = {(4 if field == 3 else field): value for field, value in place.items()}
+                self._row(_EMBED, {1: v, 2: node.wpe.size(0), 3: e}, table)
             case NormQKV():
                 self._row(_NORM_QKV, self._norm(node.norm), self._linear(node.linear), {8: node.layer})
             case Attention():
@@ -157,7 +240,7 @@ class _Encoder:
             end = vector.offset + vector.source.numel() * 4
             arena[vector.offset : end].view(torch.float32).copy_(vector.source)
         for packed in self.packed:
-            ops.pack_linear(packed.source, arena[packed.offset : packed.offset + packed.num_bytes])
+            packed.write(arena)
         return arena
 
 
@@ -170,28 +253,38 @@ class CpuExecutor:
     Args:
         plan: what to run; weights on CPU.
         num_threads: 0 = ``GPT2RT_NUM_THREADS`` if set, else ``torch.get_num_threads()`` at each step.
+        arithmetic: "fast" or "exact", see above; None = ``GPT2RT_CPU_ARITHMETIC`` if set, else "fast".
+
+    Attributes:
+        arithmetic: which one.
 
     Raises:
-        ValueError: this executor cannot run the plan (see :func:`unsupported`), or ``num_threads`` is negative.
+        ValueError: this executor cannot run the plan (see :func:`unsupported`), ``num_threads`` is negative, or
+            ``arithmetic`` is neither.
         OSError: there is not enough memory for the packed weights.
     """
 
     name = "cpu"
 
-    def __init__(self, plan: Plan, *, num_threads: int = 0) -> None:
+    def __init__(self, plan: Plan, *, num_threads: int = 0, arithmetic: str | None = None) -> None:
         reason = unsupported(plan)
         if reason:
             raise ValueError(f"the cpu executor cannot run this model: {reason}; use the eager executor")
         if num_threads < 0:
             raise ValueError(f"num_threads must be at least 0, got {num_threads}; 0 chooses")
+        if arithmetic not in (None, *ARITHMETICS):
+            raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {arithmetic!r}")
         self.plan = plan
         self.num_threads = num_threads
-        encoder = _Encoder(plan)
+        self.arithmetic = arithmetic or default_arithmetic()
+        encoder = _Encoder(plan, self.arithmetic)
         self._table = torch.tensor(encoder.rows, dtype=torch.int64)
         self._arena = encoder.fill()
         embed = plan.nodes[0]
         assert isinstance(embed, Embed)
-        self._wte, self._wpe = embed.wte.detach().contiguous(), embed.wpe.detach().contiguous()
+        # a quantised table lies in the arena
+        wte = torch.empty(0) if isinstance(embed.wte, QuantizedWeight) else embed.wte
+        self._wte, self._wpe = wte.detach().contiguous(), embed.wpe.detach().contiguous()
         head = plan.nodes[-1]
         assert isinstance(head, Head)
         self._has_head = head.linear is not None
@@ -233,6 +326,23 @@ class CpuExecutor:
             IndexError: an id, position, slot or block lies outside its table; nothing was written.
         """
         check_step(self.plan, batch, cache)
+        return self._run(batch, cache, return_hidden, None)
+
+    def profile(self, batch: StepBatch, cache: PagedKVCache) -> list[Phase]:
+        """Run one step as :meth:`step` does, and tell how long each of its phases took.
+
+        The clock of the calling thread is read at the start of each phase, which costs about 50 ns.
+
+        Raises:
+            ValueError, IndexError: as :meth:`step`.
+        """
+        check_step(self.plan, batch, cache)
+        # a node has at most two phases
+        times = torch.empty((2 * len(self.plan.nodes), 3), dtype=torch.float64)
+        self._run(batch, cache, False, times)
+        return [Phase(int(node), _PHASES[int(kind)], s) for node, kind, s in times.tolist() if node >= 0]
+
+    def _run(self, batch: StepBatch, cache: PagedKVCache, return_hidden: bool, times: Tensor | None) -> StepOutput:
         num_tokens, num_logits = batch.input_ids.numel(), batch.logits_indices.numel()
         workspace = self._workspace(ops.cpu_step_workspace_bytes(self._table, num_tokens, num_logits))
         logits = torch.empty((num_logits if self._has_head else 0, self.plan.vocab_size), dtype=torch.float32)
@@ -254,5 +364,6 @@ class CpuExecutor:
             logits,
             hidden,
             self.num_threads,
+            times,
         )
         return StepOutput(logits if self._has_head else None, hidden if return_hidden else None)

@@ -14,6 +14,7 @@ from .plan import (
     Attention,
     Embed,
     Head,
+    Linear,
     LinearResidual,
     Norm,
     NormLinearAct,
@@ -59,6 +60,37 @@ class EagerExecutor:
         return _Step(batch, cache).run(self.plan, return_hidden)
 
 
+def _embed(node: Embed, batch: StepBatch) -> Tensor:
+    if isinstance(node.wte, Tensor) and node.wte.dtype == node.wpe.dtype:
+        return ops.embedding(batch.input_ids, batch.position_ids, node.wte, node.wpe)
+    wte = node.wte
+    tokens = wte[batch.input_ids] if isinstance(wte, Tensor) else wte.rows(batch.input_ids)
+    return (tokens.float() + node.wpe[batch.position_ids].float()).to(node.wpe.dtype)
+
+
+def _linear(x: Tensor, linear: Linear) -> Tensor:
+    weight = linear.weight
+    if isinstance(weight, Tensor):
+        if weight.dtype == x.dtype:
+            return ops.linear(x, weight, linear.bias)
+        # a head with a dtype of its own
+        return ops.linear(x.float(), weight.float(), None if linear.bias is None else linear.bias.float()).to(x.dtype)
+    k = weight.shape[1]
+    if not ops.has_kernel(weight.scheme == "int8", weight.codebook is not None, k, weight.group_size):
+        return ops.linear(x, weight.dequantize(x.dtype), linear.bias)
+    return ops.quantized_linear(
+        x,
+        weight.codes,
+        weight.scales,
+        weight.zeros,
+        weight.codebook,
+        linear.bias,
+        in_features=k,
+        group_size=weight.group_size,
+        int8_activations=weight.activations == "int8",
+    )
+
+
 class _Step:
     """The state that flows through the nodes: the residual stream, and what was computed but not yet added to it."""
 
@@ -75,13 +107,13 @@ class _Step:
         for node in plan.nodes:
             match node:
                 case Embed():
-                    self.x = ops.embedding(self.batch.input_ids, self.batch.position_ids, node.wte, node.wpe)
+                    self.x = _embed(node, self.batch)
                 case NormQKV():
                     self._qkv(node, plan)
                 case Attention():
                     self.buffer = self._attention(node).reshape(self.x.shape)
                 case LinearResidual():
-                    self.branch = ops.linear(self.buffer, node.linear.weight, node.linear.bias)
+                    self.branch = _linear(self.buffer, node.linear)
                 case NormLinearAct():
                     self.buffer = self._activated(node)
                 case NormResidual():
@@ -104,7 +136,7 @@ class _Step:
         return normed
 
     def _qkv(self, node: NormQKV, plan: Plan) -> None:
-        qkv = ops.linear(self._normed(node.norm), node.linear.weight, node.linear.bias)
+        qkv = _linear(self._normed(node.norm), node.linear)
         heads = qkv.view(qkv.size(0), 3, plan.n_head, plan.head_dim)
         self.query, key, value = heads.unbind(1)
         ops.write_kv(
@@ -130,9 +162,10 @@ class _Step:
 
     def _activated(self, node: NormLinearAct) -> Tensor:
         normed = self._normed(node.norm)
-        if node.activation == "gelu_new":
-            return ops.linear_gelu_new(normed, node.linear.weight, node.linear.bias)
-        return node.function(ops.linear(normed, node.linear.weight, node.linear.bias))
+        weight = node.linear.weight
+        if node.activation == "gelu_new" and isinstance(weight, Tensor):
+            return ops.linear_gelu_new(normed, weight, node.linear.bias)
+        return node.function(_linear(normed, node.linear))
 
     def _head(self, node: Head, return_hidden: bool) -> StepOutput:
         rows = self.batch.logits_indices
@@ -140,5 +173,5 @@ class _Step:
         if self.branch is not None:
             self.branch = self.branch[rows]
         hidden = self._normed(node.norm)
-        logits = ops.linear(hidden, node.linear.weight, node.linear.bias).float() if node.linear else None
+        logits = _linear(hidden, node.linear).float() if node.linear else None
         return StepOutput(logits, hidden.float() if return_hidden else None)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gpt2rt.quantization import QuantizedWeight
+
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
@@ -25,17 +27,20 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """weight [out_features, in_features], either dimension contiguous; bias [out_features] or None."""
+    """weight [out_features, in_features], quantised or with either dimension contiguous; bias [out_features]."""
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     bias: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Embed:
-    """x = wte[input_ids] + wpe[position_ids]; wte [vocab_size, n_embd], wpe [n_positions, n_embd]."""
+    """x = wte[input_ids] + wpe[position_ids]; wte [vocab_size, n_embd], wpe [n_positions, n_embd].
 
-    wte: Tensor
+    A quantised ``wte`` that is the head's weight too is the same object.
+    """
+
+    wte: Tensor | QuantizedWeight
     wpe: Tensor
 
 
@@ -100,7 +105,8 @@ class Plan:
     Attributes:
         nodes: in order; the first is Embed, the last Head.
         n_layer, n_head, head_dim, n_embd, vocab_size, n_positions: sizes.
-        dtype: storage dtype of the weights (and of the KV cache unless the caller chooses another).
+        dtype: dtype of norms, biases, positions and of the weights that are not quantised or have a dtype of their own
+            (and of the KV cache unless the caller chooses another).
         device: where the weights live.
     """
 

@@ -7,6 +7,7 @@ from .block_pool import block_pool_allocate, block_pool_free, block_pool_incref,
 from .embedding import embedding
 from .linear import PANEL, linear, linear_gelu_new, linear_residual, pack_linear, packed_linear_bytes
 from .norm import add_layer_norm, layer_norm
+from .quantized import has_kernel, pack_quantized, packed_quantized_bytes, quantized_linear
 from .step import cpu_isa, cpu_step, cpu_step_workspace_bytes
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "cpu_step_workspace_bytes",
     "embedding",
     "extension_status",
+    "has_kernel",
     "layer_norm",
     "linear",
     "linear_gelu_new",
@@ -29,9 +31,12 @@ __all__ = [
     "new_block_pool",
     "op_forms",
     "pack_linear",
+    "pack_quantized",
     "packed_linear_bytes",
+    "packed_quantized_bytes",
     "paged_decode_attention",
     "paged_prefill_attention",
+    "quantized_linear",
     "write_kv",
 ]
 

@@ -27,6 +27,7 @@ def _cpu_step_fake(
     logits: Tensor,
     hidden: Tensor,
     num_threads: int,
+    times: Tensor | None = None,
 ) -> None:
     return None
 
@@ -40,7 +41,8 @@ cpu_step = define(
     "cpu_step",
     "(Tensor plan, Tensor arena, Tensor wte, Tensor wpe, Tensor input_ids, Tensor position_ids, "
     "Tensor query_start_loc, Tensor seq_lens, Tensor block_table, Tensor slot_mapping, Tensor logits_indices, "
-    "Tensor(a!) kv_cache, Tensor(b!) workspace, Tensor(c!) logits, Tensor(d!) hidden, int num_threads) -> ()",
+    "Tensor(a!) kv_cache, Tensor(b!) workspace, Tensor(c!) logits, Tensor(d!) hidden, int num_threads, "
+    "Tensor(e!)? times=None) -> ()",
     reference=None,
     fake=_cpu_step_fake,
 )

@@ -11,7 +11,13 @@ import pytest
 import gpt2rt.ops as ops
 
 HERE = pathlib.Path(__file__).resolve().parent
-NUMERICAL = ["test_rows_cpu.py", "test_linear_cpu.py", "test_attention_cpu.py", "test_cpu_step.py"]
+NUMERICAL = [
+    "test_rows_cpu.py",
+    "test_linear_cpu.py",
+    "test_quantized_linear_cpu.py",
+    "test_attention_cpu.py",
+    "test_cpu_step.py",
+]
 ISAS = ["avx512", "avx2", "portable"] if platform.machine() == "x86_64" else ["portable"]
 
 # the rest of this run tests the one in use

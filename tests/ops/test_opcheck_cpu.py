@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cpu_step_model import Config, StepModel, aligned_bytes
+from quantized_cases import random_case
 
 import gpt2rt.ops as ops
 
@@ -35,6 +36,16 @@ def cache_cases():
     yield OPS.paged_decode_attention, (query[:2], key_cache, value_cache, table, lens, 32, 0.3)
 
 
+def quantized_cases():
+    x, bias = torch.randn(5, 128), torch.randn(70)
+    for name in ("int8", "int4-g32", "int4-g64-zeros", "code4-g64"):
+        case = random_case(name, 70, 128)
+        integers = case.codebook is None
+        yield OPS.quantized_linear, (x, *case.tensors, bias, 128, case.group_size, integers)
+    size = ops.packed_quantized_bytes(70, 128, bits=4, group_size=64, has_zeros=False, has_codebook=True)
+    yield OPS.pack_quantized, (*case.tensors, 128, 64, aligned_bytes(size))
+
+
 def pool_cases():
     state = ops.new_block_pool(6)
     used = ops.block_pool_allocate(state, 3)
@@ -49,7 +60,7 @@ def step_cases():
     yield OPS.cpu_step, tuple(model.arguments(batch, hidden=True).values())
 
 
-CASES = [*row_cases(), *cache_cases(), *pool_cases(), *step_cases()]
+CASES = [*row_cases(), *cache_cases(), *quantized_cases(), *pool_cases(), *step_cases()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case[0]).removeprefix("gpt2rt."))

@@ -21,9 +21,6 @@ constexpr int64_t kPrefetchBytes = 4096;
 template <typename T>
 constexpr int kLinesPerRow = static_cast<int>(kPanel * sizeof(T)) / 64;
 
-// elements of k in one chain; changing it changes results in the last bits
-constexpr int64_t kChain = 64;
-
 // what a microkernel prefetches for each element of k: lines of the panel itself, kPrefetchBytes ahead, or one or two
 // lines of the next panel, to L2 (to L1 they would drive out the rows of x: half the speed at 8 rows of 768)
 enum class Prefetch { kNone, kStream, kOneLine, kTwoLines };
@@ -92,43 +89,31 @@ inline void microkernel_rows(int rows, const float* x, int64_t ldx, int64_t k, c
   } while (begin < k);
 }
 
-// bias, activation, residual and store of one row of a tile
-template <typename T>
-inline void finish_row(const GemmArgs& args, const float* sums, int64_t row, int64_t column, int64_t columns) {
-  T* y = static_cast<T*>(args.y) + row * args.ldy + column;
-  const T* residual = static_cast<const T*>(args.residual);
-  if (residual != nullptr) residual += row * args.ld_residual + column;
-  for_vectors(columns, [&](int64_t i, int lanes) {
-    Vec v = load(sums + i);
-    if (args.bias != nullptr) v = add(v, load_lanes(args.bias + column + i, lanes));
-    v = apply(args.activation, v);
-    if (residual != nullptr) v = add(load_lanes(residual + i, lanes), v);
-    store_lanes(y + i, v, lanes);
-  });
-}
-
 // One panel for all rows, in blocks of rows as even as possible. A single block streams the panel from memory; of
 // several, each fetches its share of the next panel while it computes, so that memory and arithmetic overlap.
 template <typename T>
 inline void gemm_panel(const GemmArgs& args, const T* panel, int64_t column) {
   alignas(64) float tile[kMaxRows * kPanel];
-  const int64_t columns = args.n - column < kPanel ? args.n - column : kPanel;
+  const int64_t columns = args.weight.n - column < kPanel ? args.weight.n - column : kPanel;
   const int64_t blocks = (args.m + kMaxRows - 1) / kMaxRows;
+  const float* all_x = static_cast<const float*>(args.x);
+  const int64_t ldx = args.ldx / static_cast<int64_t>(sizeof(float));
+  const int64_t k = args.weight.k;
   const int64_t lines = 2 * blocks >= kLinesPerRow<T> && blocks < kLinesPerRow<T> ? 2 : 1;
   for (int64_t block = 0, row = 0; block < blocks; ++block) {
     const int64_t left = blocks - block;
     const int rows = static_cast<int>((args.m - row + left - 1) / left);
-    const float* x = args.x + row * args.ldx;
+    const float* x = all_x + row * ldx;
     // past the last panel lies nothing of ours, but a prefetch reads nothing either
-    const char* next = reinterpret_cast<const char*>(panel + args.k * kPanel) + block * lines * args.k * 64;
+    const char* next = reinterpret_cast<const char*>(panel + k * kPanel) + block * lines * k * 64;
     if (blocks == 1) {
-      microkernel_rows<T, kMaxRows, Prefetch::kStream>(rows, x, args.ldx, args.k, panel, nullptr, tile);
+      microkernel_rows<T, kMaxRows, Prefetch::kStream>(rows, x, ldx, k, panel, nullptr, tile);
     } else if (block * lines >= kLinesPerRow<T>) {
-      microkernel_rows<T, kMaxRows, Prefetch::kNone>(rows, x, args.ldx, args.k, panel, nullptr, tile);
+      microkernel_rows<T, kMaxRows, Prefetch::kNone>(rows, x, ldx, k, panel, nullptr, tile);
     } else if (lines == 1) {
-      microkernel_rows<T, kMaxRows, Prefetch::kOneLine>(rows, x, args.ldx, args.k, panel, next, tile);
+      microkernel_rows<T, kMaxRows, Prefetch::kOneLine>(rows, x, ldx, k, panel, next, tile);
     } else {
-      microkernel_rows<T, kMaxRows, Prefetch::kTwoLines>(rows, x, args.ldx, args.k, panel, next, tile);
+      microkernel_rows<T, kMaxRows, Prefetch::kTwoLines>(rows, x, ldx, k, panel, next, tile);
     }
     with_type(args.y_dtype, [&](auto t) {
       for (int r = 0; r < rows; ++r) finish_row<decltype(t)>(args, tile + r * kPanel, row + r, column, columns);
@@ -137,13 +122,24 @@ inline void gemm_panel(const GemmArgs& args, const T* panel, int64_t column) {
   }
 }
 
-void gemm(const GemmArgs& args) {
-  with_type(args.weight_dtype, [&](auto t) {
-    using T = decltype(t);
-    for (int64_t p = args.panel_begin; p < args.panel_end; ++p) {
-      gemm_panel(args, static_cast<const T*>(args.weight) + p * args.k * kPanel, p * kPanel);
-    }
-  });
+template <typename T>
+void gemm_panels(const GemmArgs& args) {
+  for (int64_t p = args.panel_begin; p < args.panel_end; ++p) {
+    gemm_panel(args, static_cast<const T*>(args.weight.data) + p * args.weight.k * kPanel, p * kPanel);
+  }
+}
+
+void gemm_float32(const GemmArgs& args) {
+  switch (args.weight.format) {
+    case WeightFormat::kFloat32:
+      return gemm_panels<float>(args);
+    case WeightFormat::kBFloat16:
+      return gemm_panels<bf16>(args);
+    case WeightFormat::kFloat16:
+      return gemm_panels<f16>(args);
+    default:
+      return gemm_codes(args);
+  }
 }
 
 }  // namespace

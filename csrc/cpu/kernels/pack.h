@@ -12,6 +12,9 @@
 namespace gpt2rt::GPT2RT_ISA {
 namespace {
 
+// elements of k in one chain of multiply-adds; changing it changes results in the last bits
+constexpr int64_t kChain = 64;
+
 constexpr int kPairs = static_cast<int>(kPanel) / (2 * kLanes);
 
 template <typename T>

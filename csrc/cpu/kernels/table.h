@@ -9,6 +9,11 @@
 #include "math.h"
 #include "rows.h"
 #include "pack.h"
+#include "codes.h"
+#include "prepare.h"
+#include "epilogue.h"
+#include "gemm_codes.h"
+#include "gemm_int8.h"
 #include "gemm.h"
 #include "attention.h"
 
@@ -21,7 +26,11 @@
       .add_row_f32 = GPT2RT_ISA::add_row_f32_any,                       \
       .convert_row = GPT2RT_ISA::convert_row_any,                       \
       .pack_panel = GPT2RT_ISA::pack_panel_any,                         \
-      .gemm = GPT2RT_ISA::gemm,                                         \
+      .prepare_row = GPT2RT_ISA::prepare_row,                           \
+      .unpack_row = GPT2RT_ISA::unpack_row,                             \
+      .gemm_float32 = GPT2RT_ISA::gemm_float32,                         \
+      .gemm_bfloat16 = nullptr,                                         \
+      .gemm_int8 = GPT2RT_ISA::gemm_int8,                               \
       .attention = GPT2RT_ISA::attention,                               \
       .attention_scratch_floats = GPT2RT_ISA::attention_scratch_floats, \
   }
