@@ -47,12 +47,17 @@ def test_extension_uses_only_the_stable_interface_of_torch(extension):
 
 
 def test_wide_registers_stay_in_their_instruction_set(extension):
-    """No function outside the AVX-512 table uses its registers, and so on: such a one would crash older processors."""
-    allowed = {"%zmm": ("6avx512",), "%ymm": ("6avx512", "4avx2")}
+    """No function outside the AVX-512 levels uses its registers, and so on: such a one would crash older processors."""
+    wide = ("6avx512", "11avx512_vnni", "11avx512_bf16")
+    allowed = {"%zmm": wide, "%ymm": (*wide, "4avx2")}
+    own = {"vpdpbusd": wide[1:], "vdpbf16ps": wide[2:]}
     strays, seen, function = [], set(), ""
     for line in tool("objdump", "-d", "--no-show-raw-insn", extension).splitlines():
         if line.endswith(">:"):
             function = line
+        for instruction, namespaces in own.items():
+            if instruction in line and not any(namespace in function for namespace in namespaces):
+                strays.append((function, line))
         for register, namespaces in allowed.items():
             if register in line:
                 seen.add(register)

@@ -17,15 +17,26 @@ struct Candidate {
 
 // __builtin_cpu_supports asks cpuid and, for registers wider than SSE's, whether the system saves them (xgetbv)
 #if defined(__x86_64__)
-constexpr int kNumCandidates = 3;
+constexpr int kNumCandidates = 5;
 void find_candidates(Candidate* c) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  c[0] = {&kKernelsAvx512, avx512};
-  c[1] = {&kKernelsAvx2, avx2};
-  c[2] = {&kKernelsPortable, true};
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+  // each level is the one below with some entries replaced, by code that itself needs the level
+  static Kernels with_vnni = kKernelsAvx512;
+  with_vnni.name = "avx512_vnni";
+  if (vnni) avx512_vnni::replace(with_vnni);
+  static Kernels with_bf16 = with_vnni;
+  with_bf16.name = "avx512_bf16";
+  if (bf16) avx512_bf16::replace(with_bf16);
+  c[0] = {&with_bf16, bf16};
+  c[1] = {&with_vnni, vnni};
+  c[2] = {&kKernelsAvx512, avx512};
+  c[3] = {&kKernelsAvx2, avx2};
+  c[4] = {&kKernelsPortable, true};
 }
 #else
 constexpr int kNumCandidates = 1;

@@ -84,6 +84,13 @@ extern const Kernels kKernelsPortable;
 #if defined(__x86_64__)
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
+// levels above AVX-512 replace some of its kernels (isa_avx512_*.cpp)
+namespace avx512_vnni {
+void replace(Kernels& table);
+}
+namespace avx512_bf16 {
+void replace(Kernels& table);
+}
 #endif
 
 // The table in use. The first call reads GPT2RT_CPU_ISA; an unknown or unsupported value raises, at each call.

@@ -60,10 +60,12 @@ def _flat(facts: dict[str, Any], skip: tuple[str, ...]) -> Iterator[tuple[str, s
 
 def _why_not(facts: dict[str, Any]) -> list[str]:
     """Why the forms that are not active are not."""
+    from gpt2rt.ops import CPU_ISAS
+
     notes = []
     if not facts["extension"]["loaded"]:
         notes.append(f"C++ is not active: {facts['extension']['reason']}")
-    elif facts["isa"] != "avx512":
+    elif facts["isa"] != CPU_ISAS[-1]:
         forced = os.environ.get("GPT2RT_CPU_ISA")
         why = f"GPT2RT_CPU_ISA={forced} forces it" if forced else "this processor has none above it"
         notes.append(f"C++ runs with {facts['isa']}: {why}")

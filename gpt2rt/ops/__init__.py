@@ -8,9 +8,10 @@ from .embedding import embedding
 from .linear import PANEL, linear, linear_gelu_new, linear_residual, pack_linear, packed_linear_bytes
 from .norm import add_layer_norm, layer_norm
 from .quantized import has_kernel, pack_quantized, packed_quantized_bytes, quantized_linear
-from .step import cpu_isa, cpu_step, cpu_step_workspace_bytes
+from .step import CPU_ISAS, cpu_isa, cpu_step, cpu_step_workspace_bytes
 
 __all__ = [
+    "CPU_ISAS",
     "PANEL",
     "ExtensionStatus",
     "add_layer_norm",

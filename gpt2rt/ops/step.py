@@ -53,6 +53,8 @@ _workspace_bytes = define(
     reference=None,
     fake=_no_trace,
 )
+#: instruction sets that the C++ kernels are built for, from the plainest up; each level includes the ones before it
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 _cpu_isa = define("cpu_isa", "() -> str", reference=None, fake=_no_trace)
 
 
@@ -62,7 +64,7 @@ def cpu_step_workspace_bytes(plan: Tensor, num_tokens: int, num_logits: int) -> 
 
 
 def cpu_isa() -> str:
-    """The instruction set that the C++ kernels use: "avx512", "avx2" or "portable".
+    """The instruction set that the C++ kernels use: one of :data:`CPU_ISAS`.
 
     ``GPT2RT_CPU_ISA`` forces a lower one.
 

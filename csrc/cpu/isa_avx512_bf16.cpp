@@ -1,0 +1,13 @@
+// The kernels that gain from -mavx512bf16 on top of AVX-512 and VNNI (flags: setup.py); the others are those of
+// isa_avx512_vnni.cpp.
+#define GPT2RT_ISA avx512_bf16
+#include "vec_avx512.h"
+// the Vec comes first; the kernels that stay as they are are not used here
+#pragma GCC diagnostic ignored "-Wunused-function"
+#include "kernels/table.h"
+
+namespace gpt2rt::avx512_bf16 {
+
+void replace(Kernels&) {}
+
+}  // namespace gpt2rt::avx512_bf16
