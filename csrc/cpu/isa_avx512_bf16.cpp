@@ -6,8 +6,10 @@
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include "kernels/table.h"
 
+#include "kernels/gemm_bfloat16.h"
+
 namespace gpt2rt::avx512_bf16 {
 
-void replace(Kernels&) {}
+void replace(Kernels& table) { table.gemm_bfloat16 = gemm_bfloat16; }
 
 }  // namespace gpt2rt::avx512_bf16

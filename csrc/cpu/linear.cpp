@@ -1,6 +1,7 @@
 // linear, its forms with an epilogue, and pack_linear. The maths is in kernels/gemm.h, the panels in kernels/pack.h.
 #include "linear.h"
 
+#include <cstring>
 #include <vector>
 
 #include "checks.h"
@@ -39,10 +40,9 @@ void pack_linear(const Tensor& weight, const Tensor& out) {
   check_dim("pack_linear", "out", out, 1, "one dimension of bytes");
   check_contiguous("pack_linear", "out", out);
   const int64_t panels = num_panels(w.n);
-  const int64_t panel_bytes = w.k * kPanel * item_size(w.dtype);
+  const int64_t panel_bytes = gpt2rt::panel_bytes(static_cast<WeightFormat>(w.dtype), w.k, 0, false);
   GPT2RT_CHECK(out.size(0) == panels * panel_bytes, "pack_linear: out has ", out.size(0), " bytes, expected ",
-               panels * panel_bytes, " for weight ", shape_text(weight), " (ceil(N / 64) * K * 64 * ",
-               item_size(w.dtype), ")");
+               panels * panel_bytes, " for weight ", shape_text(weight), ", see packed_linear_bytes");
   char* bytes = mutable_data<char>(out);
   GPT2RT_CHECK(reinterpret_cast<uintptr_t>(bytes) % 64 == 0,
                "pack_linear: out must start at a multiple of 64 bytes; slice it from an aligned buffer at multiples "
@@ -85,14 +85,28 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& weight, const s
   args.x = x.const_data_ptr();
   args.ldx = x.stride(0) * 4;
   args.m = m;
-  args.weight.format = WeightFormat::kFloat32;
+  // bfloat16 stays what it is where its products have an instruction, other inputs of 16 bits are widened once
+  const RowFormat rows = row_format(kernel, static_cast<WeightFormat>(dtype), true);
+  const bool pairs = rows == RowFormat::kBFloat16;
+  args.weight.rows = rows;
+  args.weight.format = pairs ? WeightFormat::kBFloat16 : WeightFormat::kFloat32;
   args.weight.k = w.k;
   args.activation = activation;
   args.y_dtype = dtype;
   args.ldy = w.n;
-  // 16-bit inputs are widened once
   std::vector<float> wide_x, wide_bias;
-  if (dtype != DType::kFloat32) {
+  std::vector<bf16> padded_x;
+  if (pairs) {
+    args.ldx = x.stride(0) * 2;
+    if (w.k % 2 != 0) {
+      args.ldx = (w.k + 1) * 2;
+      padded_x.resize(static_cast<size_t>(m * (w.k + 1)));
+      for (int64_t t = 0; t < m; ++t) {
+        std::memcpy(padded_x.data() + t * (w.k + 1), at(args.x, t * x.stride(0), dtype), static_cast<size_t>(w.k) * 2);
+      }
+      args.x = padded_x.data();
+    }
+  } else if (dtype != DType::kFloat32) {
     wide_x.resize(static_cast<size_t>(m * w.k));
     const void* px = x.const_data_ptr();
     const int64_t stride = x.stride(0);
@@ -117,12 +131,12 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& weight, const s
   void* py = y.mutable_data_ptr();
   parallel_rows(num_panels(w.n), 2 * (m + 1) * w.k * kPanel, [&](int64_t begin, int64_t end) {
     GemmArgs part = args;
-    float* panel = thread_scratch_floats(w.k * kPanel);
+    char* panel = static_cast<char*>(thread_scratch(static_cast<size_t>(panel_bytes(args.weight))));
     part.weight.data = panel;
     part.panel_begin = 0;
     part.panel_end = 1;
     for (int64_t p = begin; p < end; ++p) {
-      pack_one(kernel, w, p, DType::kFloat32, panel);
+      pack_one(kernel, w, p, static_cast<DType>(args.weight.format), panel);
       part.weight.n = w.n - p * kPanel < kPanel ? w.n - p * kPanel : kPanel;
       part.bias = args.bias == nullptr ? nullptr : args.bias + p * kPanel;
       part.y = at(py, p * kPanel, dtype);

@@ -2,7 +2,7 @@
 //
 // A weight [N, K] is stored as ceil(N / 64) panels of 64 output columns, each one sequential stream:
 //   float32, float16  [K][64]
-//   bfloat16          [K][64], columns in the order of kernels/pack.h
+//   bfloat16          [ceil(K / 2)][64][2], pairs of neighbours along K, zero past K
 //   int8              [padded K / 4][64][4] unsigned codes (code + 128; 128 past K), then 64 float32 scales
 //   int4              for each group of K: 64 float16 scales, 64 zero points (uint8) if there are any, then
 //                     [group / 8][64][4] bytes; byte j of a column holds the codes of elements j (low nibble) and j + 4
@@ -70,7 +70,7 @@ static constexpr int64_t panel_bytes(WeightFormat format, int64_t k, int64_t gro
     case WeightFormat::kFloat32:
       return k * kPanel * 4;
     case WeightFormat::kBFloat16:
-      return k * kPanel * 2;
+      return round_up(k, 2) * kPanel * 2;
     case WeightFormat::kFloat16:
       return k * kPanel * 2;
     case WeightFormat::kInt8:

@@ -14,7 +14,7 @@ using Vec = __m256;
 constexpr int kLanes = 8;
 // 6 rows x 2 vectors are 12 accumulators of 16 registers
 constexpr int kMaxRows = 6;
-constexpr int pairs_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int vectors_at_once(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
 
 inline __m256i first_lanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

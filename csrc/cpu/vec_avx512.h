@@ -15,8 +15,8 @@ using Vec = __m512;
 constexpr int kLanes = 16;
 // rows of the matrix microkernel: 6 rows x 4 vectors are 24 accumulators, which leaves 8 registers for a panel row
 constexpr int kMaxRows = 6;
-// pairs of vectors (of the 64 / (2 * kLanes) in a panel row) that the microkernel takes at once, by its number of rows
-constexpr int pairs_at_once(int) { return 2; }
+// vectors of a panel row that the microkernel takes at once, by its number of rows
+constexpr int vectors_at_once(int) { return 4; }
 
 inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 

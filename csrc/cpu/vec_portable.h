@@ -16,7 +16,7 @@ typedef uint16_t VecHalf __attribute__((vector_size(8)));
 constexpr int kLanes = 4;
 // 4 rows x 2 vectors are 8 accumulators of the 16 registers of SSE2, whose multiplications need a copy
 constexpr int kMaxRows = 4;
-constexpr int pairs_at_once(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int vectors_at_once(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 
 inline Vec zero() { return Vec{0.0f, 0.0f, 0.0f, 0.0f}; }
 inline Vec set1(float x) { return Vec{x, x, x, x}; }

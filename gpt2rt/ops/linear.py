@@ -122,7 +122,9 @@ def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> No
 
 def packed_linear_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
     """Size in bytes of a packed [out_features, in_features] weight: whole panels of 64 output columns."""
-    return -(-out_features // PANEL) * PANEL * in_features * dtype.itemsize
+    # bfloat16 lies in pairs along the input
+    padded = in_features + in_features % 2 if dtype == torch.bfloat16 else in_features
+    return -(-out_features // PANEL) * PANEL * padded * dtype.itemsize
 
 
 def pack_linear(weight: Tensor, out: Tensor) -> None:

@@ -120,10 +120,13 @@ def test_another_order_of_the_sum_gives_other_bits():
 
 def unpack(packed, n, k, dtype):
     """[n, k] out of panels, by the documented layout."""
-    panels = packed.view(dtype).view(-1, k, 64)
     if dtype == torch.bfloat16:
-        # word j of a group of 32 columns: column j in the low half, j + 16 in the high half
-        panels = panels.view(-1, k, 2, 16, 2).transpose(3, 4).reshape(-1, k, 64)
+        # pairs of neighbours along k, the second of the last pair zero if k is odd
+        pairs = packed.view(dtype).view(-1, (k + 1) // 2, 64, 2).transpose(2, 3).reshape(-1, (k + 1) // 2 * 2, 64)
+        assert not pairs[:, k:].any()
+        panels = pairs[:, :k]
+    else:
+        panels = packed.view(dtype).view(-1, k, 64)
     return panels.permute(0, 2, 1).reshape(-1, k)
 
 

@@ -56,8 +56,7 @@ void unpack_row(const PackedWeight& w, int64_t row, float* y) {
       return;
     case WeightFormat::kBFloat16:
       for (int64_t i = 0; i < w.k; ++i) {
-        const bf16* p = reinterpret_cast<const bf16*>(panel) + i * kPanel + packed_position<bf16>(column);
-        y[i] = first(load_first(p, 1));
+        y[i] = first(load_first(reinterpret_cast<const bf16*>(panel) + (i / 2 * kPanel + column) * 2 + i % 2, 1));
       }
       return;
     case WeightFormat::kFloat16:

@@ -19,5 +19,13 @@ inline void finish_row(const GemmArgs& args, const float* sums, int64_t row, int
   });
 }
 
+// rows of a tile [rows][64], the first of which is `row`
+inline void finish_rows(const GemmArgs& args, const float* tile, int64_t row, int rows, int64_t column,
+                        int64_t columns) {
+  with_type(args.y_dtype, [&](auto t) {
+    for (int r = 0; r < rows; ++r) finish_row<decltype(t)>(args, tile + r * kPanel, row + r, column, columns);
+  });
+}
+
 }  // namespace
 }  // namespace gpt2rt::GPT2RT_ISA

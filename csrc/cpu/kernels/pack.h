@@ -1,12 +1,5 @@
-// Packed panels: a weight [N, K] becomes ceil(N / 64) panels [K][64], so that the 64 outputs of a panel are computed
-// from one sequential stream.
-//
-// float32 and float16 keep the natural order of columns. bf16 holds two groups of 32 columns; in each, 32-bit word j
-// (0..15) has column j in its low half and column j + 16 in its high half, so that one load gives two vectors of
-// neighbouring columns by a shift and a mask.
-//
-// The matrix kernel works on pairs of vectors. Pair p of a panel row covers the columns first_column(p).. and
-// second_column(p)..; in float32 they could lie anywhere, in bf16 they are given by the layout.
+// Packed panels of float32, bfloat16 and float16 weights (packed.h): a weight [N, K] becomes ceil(N / 64) panels, so
+// that the 64 outputs of a panel are computed from one sequential stream.
 #pragma once
 
 namespace gpt2rt::GPT2RT_ISA {
@@ -15,35 +8,8 @@ namespace {
 // elements of k in one chain of multiply-adds; changing it changes results in the last bits
 constexpr int64_t kChain = 64;
 
-constexpr int kPairs = static_cast<int>(kPanel) / (2 * kLanes);
-
-template <typename T>
-constexpr int first_column(int pair) {
-  if constexpr (is_bf16<T>) return 32 * (pair * kLanes / 16) + pair * kLanes % 16;
-  return pair * 2 * kLanes;
-}
-
-template <typename T>
-constexpr int second_column(int pair) {
-  return first_column<T>(pair) + (is_bf16<T> ? 16 : kLanes);
-}
-
-template <typename T>
-inline void load_pair(const T* panel_row, int pair, Vec& a, Vec& b) {
-  if constexpr (is_bf16<T>) {
-    load_bf16_words(panel_row + 2 * pair * kLanes, a, b);
-  } else {
-    a = load(panel_row + first_column<T>(pair));
-    b = load(panel_row + second_column<T>(pair));
-  }
-}
-
-// position of column c in a panel row
-template <typename T>
-constexpr int64_t packed_position(int64_t c) {
-  if constexpr (is_bf16<T>) return c / 32 * 32 + c % 16 * 2 + c % 32 / 16;
-  return c;
-}
+// vectors in a panel row
+constexpr int kPanelVecs = static_cast<int>(kPanel) / kLanes;
 
 // float32 panel from a weight whose rows (output features) are contiguous: tiles of kLanes x kLanes are transposed
 template <typename T>
@@ -61,26 +27,37 @@ void pack_rows_f32(const T* w, int64_t stride_n, int64_t num_columns, int64_t k,
   }
 }
 
+// bfloat16: 32-bit words of two neighbours along K
+inline void pack_pairs(const bf16* w, int64_t stride_n, int64_t stride_k, int64_t num_columns, int64_t k, bf16* out) {
+  for (int64_t i = 0; i < k; i += 2, out += 2 * kPanel) {
+    const bf16* pair = w + i * stride_k;
+    const bool both = i + 1 < k;
+    for (int64_t c = 0; c < num_columns; ++c) {
+      out[2 * c] = pair[c * stride_n];
+      out[2 * c + 1] = both ? pair[c * stride_n + stride_k] : bf16{};
+    }
+    for (int64_t c = 2 * num_columns; c < 2 * kPanel; ++c) out[c] = bf16{};
+  }
+}
+
 template <typename T, typename TOut>
 void pack_panel(const T* w, int64_t stride_n, int64_t stride_k, int64_t num_columns, int64_t k, TOut* out) {
-  if constexpr (!is_bf16<TOut>) {
-    if (stride_n == 1) {
-      for (int64_t i = 0; i < k; ++i) {
-        convert_row(w + i * stride_k, num_columns, out + i * kPanel);
-        for (int64_t c = num_columns; c < kPanel; ++c) out[i * kPanel + c] = TOut{};
-      }
-      return;
+  if constexpr (is_bf16<TOut>) {
+    static_assert(is_bf16<T>);
+    pack_pairs(w, stride_n, stride_k, num_columns, k, out);
+  } else if (stride_n == 1) {
+    for (int64_t i = 0; i < k; ++i) {
+      convert_row(w + i * stride_k, num_columns, out + i * kPanel);
+      for (int64_t c = num_columns; c < kPanel; ++c) out[i * kPanel + c] = TOut{};
     }
-  }
-  if constexpr (sizeof(TOut) == 4) {
+  } else if constexpr (sizeof(TOut) == 4) {
     pack_rows_f32(w, stride_n, num_columns, k, out);
   } else {
     // storage keeps its 16 bits, so this only moves them
     static_assert(sizeof(T) == sizeof(TOut));
     for (int64_t c = 0; c < kPanel; ++c) {
-      TOut* column = out + packed_position<TOut>(c);
       for (int64_t i = 0; i < k; ++i) {
-        column[i * kPanel] = c < num_columns ? w[c * stride_n + i * stride_k] : TOut{};
+        out[i * kPanel + c] = c < num_columns ? w[c * stride_n + i * stride_k] : TOut{};
       }
     }
   }
