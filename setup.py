@@ -44,6 +44,7 @@ CXX_FLAGS = [
     "-Wno-unused-parameter",
     # GCC 12 warns of the undefined operands inside its own AVX-512 intrinsics
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 ]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

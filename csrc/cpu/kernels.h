@@ -25,9 +25,10 @@ struct GemmArgs {
   Activation activation;
   const void* residual;  // [m, n] of y_dtype, row stride ld_residual, added after the activation; nullptr; or y itself
   int64_t ld_residual;
-  void* y;  // [m, n], row stride ldy (elements)
+  void* y;  // m rows, ldy bytes apart: n of y_dtype; or, with y_group > 0, int8 rows in groups (packed.h), for the next
   DType y_dtype;
   int64_t ldy;
+  int64_t y_group;  // divides 64, and n is a multiple of 64
 };
 
 // One tile of query rows of one head: consecutive positions of one sequence.

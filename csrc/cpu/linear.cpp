@@ -93,7 +93,7 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& weight, const s
   args.weight.k = w.k;
   args.activation = activation;
   args.y_dtype = dtype;
-  args.ldy = w.n;
+  args.ldy = w.n * item_size(dtype);
   std::vector<float> wide_x, wide_bias;
   std::vector<bf16> padded_x;
   if (pairs) {

@@ -61,7 +61,7 @@ void gemm_part(const Kernels& k, GemmArgs args, int thread, int threads, std::at
     args.panel_begin = panel;
     args.panel_end = panel + 1;
     args.x = static_cast<const char*>(whole.x) + row * whole.ldx;
-    args.y = static_cast<char*>(whole.y) + row * whole.ldy * item_size(whole.y_dtype);
+    args.y = static_cast<char*>(whole.y) + row * whole.ldy;
     if (whole.residual != nullptr) {
       args.residual = static_cast<const char*>(whole.residual) + row * whole.ld_residual * item_size(whole.y_dtype);
     }

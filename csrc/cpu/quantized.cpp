@@ -180,7 +180,7 @@ Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scal
   args.weight.rows = row_format(kernel, w.format, int8_activations);
   args.panel_end = 1;
   args.y_dtype = dtype;
-  args.ldy = w.n;
+  args.ldy = w.n * item_size(dtype);
   args.ldx = round_up(row_bytes(args.weight), 64);
   std::vector<char> rows(static_cast<size_t>(m * args.ldx + 63));
   char* prepared = rows.data() + (64 - reinterpret_cast<uintptr_t>(rows.data()) % 64) % 64;

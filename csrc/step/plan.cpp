@@ -127,6 +127,22 @@ class RowReader {
   int64_t size_ = 0;
 };
 
+// whether `writer` can write its result as `reader` wants it; if so, it will. int8 groups must lie within the panels of
+// 64 columns that a matrix multiplication finishes at once
+bool write_rows_for(Node& writer, const PackedWeight& reader) {
+  if (reader.rows == RowFormat::kBFloat16 && reader.k % 2 == 0) {
+    writer.y_dtype = DType::kBFloat16;
+    return true;
+  }
+  const int64_t group = row_group(reader.format, reader.group);
+  if (reader.rows == RowFormat::kInt8 && writer.opcode == Opcode::kNormLinearAct && reader.k % kPanel == 0 &&
+      kPanel % group == 0) {
+    writer.y_group = group;
+    return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 Plan read_plan(const char* op, const Tensor& tensor, const Tensor* arena) {
@@ -147,10 +163,12 @@ Plan read_plan(const char* op, const Tensor& tensor, const Tensor* arena) {
   plan.nodes.reserve(static_cast<size_t>(num_nodes));
   int64_t qkv_layer = -1;  // layer whose q, k, v the workspace holds
   int64_t buf_width = 0;   // width of what the buffer holds, 0: nothing
+  size_t buf_node = 0;     // who wrote it
   for (int64_t i = 0; i < num_nodes; ++i) {
     const RowReader row(op, rows + i * kPlanColumns, i, arena);
     Node node{};
     node.opcode = static_cast<Opcode>(row.field(0));
+    bool read_buffer = false;
     if ((i == 0) != (node.opcode == Opcode::kEmbed)) row.fail("EMBED (opcode 0) must be the first row and no other");
     if (plan.head != nullptr) row.fail("nothing may follow HEAD (opcode 6)");
     switch (node.opcode) {
@@ -181,11 +199,14 @@ Plan read_plan(const char* op, const Tensor& tensor, const Tensor* arena) {
                    "n_embd of EMBED");
         node.scale = row.real(4, "scale");
         buf_width = plan.n_embd;
+        buf_node = plan.nodes.size();
         break;
       case Opcode::kLinearResidual:
         row.linear(node);
         row.expect(node.weight.k == buf_width, "K", node.weight.k, buf_width,
-                   "the width of the last ATTENTION or NORM_LINEAR_ACT (0: there is none)");
+                   "the width of the ATTENTION or NORM_LINEAR_ACT before it (0: there is none)");
+        node.rows_ready = write_rows_for(plan.nodes[buf_node], node.weight);
+        read_buffer = true;
         row.expect(node.weight.n == plan.n_embd, "N", node.weight.n, plan.n_embd, "n_embd of EMBED");
         break;
       case Opcode::kNormLinearAct:
@@ -196,6 +217,7 @@ Plan read_plan(const char* op, const Tensor& tensor, const Tensor* arena) {
                      row.field(10), ", expected 0 to ", kNumActivations - 1);
         node.activation = static_cast<Activation>(row.field(10));
         buf_width = node.weight.n;
+        buf_node = plan.nodes.size();
         break;
       case Opcode::kNorm:
         node.weight.k = row.size(5, "E");
@@ -218,6 +240,8 @@ Plan read_plan(const char* op, const Tensor& tensor, const Tensor* arena) {
       plan.row_bytes = bytes > plan.row_bytes ? bytes : plan.row_bytes;
     }
     plan.buf_width = buf_width > plan.buf_width ? buf_width : plan.buf_width;
+    // what was read once is gone: it may have been written in the reader's own format
+    if (read_buffer) buf_width = 0;
     // room was reserved, so this pointer stays
     plan.nodes.push_back(node);
     if (node.opcode == Opcode::kHead) plan.head = &plan.nodes.back();
@@ -229,7 +253,7 @@ Plan read_plan(const char* op, const Tensor& tensor, const Tensor* arena) {
 bool prepares_rows(const Node& node) {
   const bool linear = node.opcode == Opcode::kNormQkv || node.opcode == Opcode::kLinearResidual ||
                       node.opcode == Opcode::kNormLinearAct;
-  return linear && (node.has_norm || node.weight.rows != RowFormat::kFloat32);
+  return linear && !node.rows_ready && (node.has_norm || node.weight.rows != RowFormat::kFloat32);
 }
 
 int64_t row_stride(int64_t width) {

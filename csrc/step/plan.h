@@ -47,6 +47,11 @@ struct Node {
   PackedWeight weight;
   const float* bias;
   Activation activation;
+  // kLinearResidual: the node before has written the rows as this weight wants them; kAttention and kNormLinearAct: in
+  // bfloat16, or (y_group > 0) in int8 groups
+  bool rows_ready;
+  DType y_dtype;
+  int64_t y_group;
   // kNormQkv, kAttention
   int64_t layer;
   int64_t num_heads;

@@ -249,6 +249,7 @@ class Step {
     GemmArgs args = gemm_args(node, rows);
     const bool residual = node.opcode == Opcode::kLinearResidual, qkv = node.opcode == Opcode::kNormQkv;
     if (!prepares_rows(node)) {
+      // float32 rows, or what the node before has written in the same place
       args.x = residual ? buf_ : x_;
       args.ldx = 4 * (residual ? row_stride(buf_width) : layout_.x_stride);
     } else {
@@ -263,10 +264,13 @@ class Step {
     }
     if (residual) {
       args.residual = args.y = x_;
-      args.ld_residual = args.ldy = layout_.x_stride;
+      args.ld_residual = layout_.x_stride;
+      args.ldy = layout_.x_stride * 4;
     } else {
       args.y = qkv ? qkv_ : buf_;
-      args.ldy = qkv ? layout_.qkv_stride : row_stride(node.weight.n);
+      args.ldy = 4 * (qkv ? layout_.qkv_stride : row_stride(node.weight.n));
+      args.y_dtype = node.y_dtype;
+      args.y_group = node.y_group;
     }
     gemm_part(k_, args, thread, threads, counter, [&](int64_t row, int64_t count, int64_t column, int64_t end) {
       if (qkv) write_cache(node.layer, row, count, column, end);
@@ -298,7 +302,8 @@ class Step {
   void attention(const Node& node, std::atomic<int64_t>& counter) const {
     AttentionArgs args{};
     args.query = qkv_;
-    args.query_dtype = args.out_dtype = DType::kFloat32;
+    args.query_dtype = DType::kFloat32;
+    args.out_dtype = node.y_dtype;
     args.query_stride = layout_.qkv_stride;
     args.key = cache_.keys(node.layer);
     args.value = cache_.values(node.layer);
@@ -308,7 +313,8 @@ class Step {
     args.head_dim = cache_.head_dim;
     args.scale = node.scale;
     args.out = buf_;
-    args.out_stride = row_stride(plan_.n_embd);
+    // the buffer's rows lie as far apart in either dtype
+    args.out_stride = row_stride(plan_.n_embd) * 4 / item_size(node.y_dtype);
     attention_part(k_, args, cache_.head_dim, cache_.head_dim, batch_.paged, tiles_, counter);
   }
 
@@ -317,7 +323,7 @@ class Step {
     args.x = head_rows_;
     args.ldx = head_bytes();
     args.y = logits_;
-    args.ldy = node.weight.n;
+    args.ldy = node.weight.n * 4;
     if (own_head_rows()) {
       float* scratch = thread_scratch_floats(batch_.num_logits * layout_.head_stride + plan_.n_embd);
       char* own = reinterpret_cast<char*>(scratch);

@@ -122,7 +122,7 @@ def test_bad_tensor(arguments, name, change, message):
         (2, 1, 1, "layer is 1, expected 0, the layer of the NORM_QKV before it"),
         (2, 2, 4, r"H \* D is 80, expected 60"),
         (2, 4, double_bits(math.inf), "scale is inf"),
-        (3, 5, 59, "K is 59, expected 60, the width of the last"),
+        (3, 5, 59, "K is 59, expected 60, the width of the ATTENTION"),
         (4, 6, 0, "N is 0"),
         (4, 6, 2**31 - 1, "outside the arena"),
         (4, 10, 7, "activation is 7, expected 0 to 6"),

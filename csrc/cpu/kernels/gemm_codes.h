@@ -56,7 +56,7 @@ void gemm_codes(const GemmArgs& args) {
       } else {
         sum_codes4_row(w, panel, x, sums);
       }
-      with_type(args.y_dtype, [&](auto t) { finish_row<decltype(t)>(args, sums, row, p * kPanel, columns); });
+      finish_rows(args, sums, row, 1, p * kPanel, columns);
     }
   }
 }

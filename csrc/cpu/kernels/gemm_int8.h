@@ -42,7 +42,7 @@ void gemm_int8(const GemmArgs& args) {
         }
         sums[c] = first(total) * (int8 ? column_scales[c] : 1.0f);
       }
-      with_type(args.y_dtype, [&](auto t) { finish_row<decltype(t)>(args, sums, row, p * kPanel, columns); });
+      finish_rows(args, sums, row, 1, p * kPanel, columns);
     }
   }
 }

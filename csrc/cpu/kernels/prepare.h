@@ -9,33 +9,34 @@ namespace {
 // |x| would overflow.
 constexpr float kSmallestGroup = 1e-30f;
 
+inline void quantize_group(const float* x, int64_t count, int8_t* codes, float* scale, int32_t* code_sum) {
+  Vec largest = zero(), damage = zero();
+  for_vectors(count, [&](int64_t i, int lanes) {
+    const Vec v = load_lanes(x + i, lanes);
+    largest = max(max(v, sub(zero(), v)), largest);
+    damage = fma(v, zero(), damage);
+  });
+  const float amax = reduce_max(largest);
+  const bool finite = reduce_add(damage) == 0.0f;
+  const bool some = finite && amax >= kSmallestGroup;
+  *scale = finite ? (some ? amax / 127.0f : 0.0f) : __builtin_nanf("");
+  const Vec factor = set1(some ? 127.0f / amax : 0.0f);
+  Vec sum = zero();
+  for_vectors(count, [&](int64_t i, int lanes) {
+    const Vec q = some ? round_to_int(mul(load_lanes(x + i, lanes), factor)) : zero();
+    sum = add(sum, q);
+    store_int8(codes + i, q, lanes);
+  });
+  *code_sum = static_cast<int32_t>(reduce_add(sum));
+}
+
 inline void quantize_row(const float* x, int64_t k, int64_t group, char* row) {
   const Int8Row layout = int8_row(k, group);
   int8_t* codes = reinterpret_cast<int8_t*>(row);
-  float* scales = reinterpret_cast<float*>(row + layout.scales);
-  int32_t* sums = reinterpret_cast<int32_t*>(row + layout.sums);
-  for (int64_t g = 0; g < layout.groups; ++g) {
-    const int64_t begin = g * group;
+  for (int64_t g = 0, begin = 0; g < layout.groups; ++g, begin += group) {
     const int64_t count = k - begin < group ? k - begin : group;
-    Vec largest = zero(), damage = zero();
-    for_vectors(count, [&](int64_t i, int lanes) {
-      const Vec v = load_lanes(x + begin + i, lanes);
-      largest = max(max(v, sub(zero(), v)), largest);
-      damage = fma(v, zero(), damage);
-    });
-    const float amax = reduce_max(largest);
-    const bool finite = reduce_add(damage) == 0.0f;
-    const bool some = finite && amax >= kSmallestGroup;
-    scales[g] = finite ? (some ? amax / 127.0f : 0.0f) : __builtin_nanf("");
-    const Vec factor = set1(some ? 127.0f / amax : 0.0f);
-    Vec sum = zero();
-    for_vectors(count, [&](int64_t i, int lanes) {
-      const Vec v = load_lanes(x + begin + i, lanes);
-      const Vec q = some ? round_to_int(mul(v, factor)) : zero();
-      sum = add(sum, q);
-      store_int8(codes + begin + i, q, lanes);
-    });
-    sums[g] = static_cast<int32_t>(reduce_add(sum));
+    quantize_group(x + begin, count, codes + begin, reinterpret_cast<float*>(row + layout.scales) + g,
+                   reinterpret_cast<int32_t*>(row + layout.sums) + g);
     for (int64_t i = count; i < group; ++i) codes[begin + i] = 0;
   }
 }
