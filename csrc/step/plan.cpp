@@ -176,7 +176,7 @@ Plan read_plan(const char* op, const Tensor& tensor, const Tensor* arena) {
         node.vocab_size = row.size(1, "V");
         node.n_positions = row.size(2, "P");
         plan.n_embd = row.size(3, "E");
-        if (row.field(7) != 0) row.weight(node, 4, node.vocab_size, plan.n_embd);
+        if (!row.absent(4)) row.weight(node, 4, node.vocab_size, plan.n_embd);
         break;
       case Opcode::kNormQkv:
         row.linear(node);

@@ -2,7 +2,7 @@
 //
 // row = [opcode, f1..f15]. Offsets are bytes into the arena, -1 = absent; norm weights, biases and codebooks are
 // float32 vectors.
-//   0 EMBED            f1=V f2=P f3=E; a packed table: f4=offset f7 f11 f13 f14 as below, else f7=0: the tensor wte
+//   0 EMBED            f1=V f2=P f3=E f4=packed table with f7 f11 f13 f14 as below, or -1: the tensor wte
 //   1 NORM_QKV         f1=ln weight or -1 (no norm) f2=ln bias f3=packed weight f4=bias or -1 f5=K=E f6=N=3E
 //                      f7=weight format f8=layer f9=eps (bits of a double)
 //   2 ATTENTION        f1=layer f2=H f3=D f4=scale (bits of a double)

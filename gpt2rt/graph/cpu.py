@@ -216,7 +216,7 @@ class _Encoder:
         match node:
             case Embed():
                 v, e = node.wte.shape
-                place = self._quantized(node.wte) if isinstance(node.wte, QuantizedWeight) else {}
+                place = self._quantized(node.wte) if isinstance(node.wte, QuantizedWeight) else {3: -1}
                 table = {(4 if field == 3 else field): value for field, value in place.items()}
                 self._row(_EMBED, {1: v, 2: node.wpe.size(0), 3: e}, table)
             case NormQKV():

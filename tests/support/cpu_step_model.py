@@ -149,7 +149,7 @@ class StepModel:
                 "f7": DTYPE_CODE[weight.dtype],
             }
 
-        row(0, f1=c.vocab_size, f2=c.n_positions, f3=n)
+        row(0, f1=c.vocab_size, f2=c.n_positions, f3=n, f4=-1)
         for i, layer in enumerate(self.layers):
             row(1, **norm(None if c.post_norm else layer["ln_1"]), **linear(layer["qkv"]), f8=i)
             row(2, f1=i, f2=c.n_head, f3=c.head_dim, f4=double_bits(c.head_dim**-0.5))
