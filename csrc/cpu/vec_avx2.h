@@ -113,6 +113,40 @@ inline void load_bf16_words(const void* p, Vec& low, Vec& high) {
   high = _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
+typedef int32_t Ints __attribute__((vector_size(32)));
+constexpr int kIntRows = 4;
+constexpr int kIntVectors = 2;
+
+inline Ints set1_int(int32_t x) { return (Ints)_mm256_set1_epi32(x); }
+inline Ints load_ints(const void* p) { return (Ints)_mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_ints(void* p, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(p), (__m256i)v); }
+inline Ints shift_right(Ints v, int bits) { return (Ints)_mm256_srli_epi32((__m256i)v, bits); }
+inline Vec to_float(Ints v) { return _mm256_cvtepi32_ps((__m256i)v); }
+inline Vec as_float(Ints v) { return _mm256_castsi256_ps((__m256i)v); }
+inline Vec load_bytes(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+inline Ints dot4(Ints sum, Ints codes, Ints x) {
+  const __m256i c = (__m256i)codes, q = (__m256i)x;
+  const __m256i even =
+      _mm256_madd_epi16(_mm256_and_si256(c, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(c, 8), _mm256_srai_epi16(q, 8));
+  return sum + (Ints)even + (Ints)odd;
+}
+
+// permutations take 8 values, so there are two and bit 3 chooses
+struct Table16 {
+  Vec low;
+  Vec high;
+};
+inline Table16 load_table(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Vec lookup(const Table16& t, Ints codes) {
+  const Vec bit3 = _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)codes, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, (__m256i)codes),
+                          _mm256_permutevar8x32_ps(t.high, (__m256i)codes), bit3);
+}
+
 inline void transpose(Vec* r) {
   Vec t[8];
   for (int i = 0; i < 8; i += 4) {

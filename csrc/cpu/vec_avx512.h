@@ -65,7 +65,10 @@ inline __m256i narrow_bf16(Vec v) {
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline Vec load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+// with a full mask: GCC 12 warns of the undefined operand inside the plain intrinsic
+inline Vec load(const f16* p) {
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 
 // the first n lanes, zero in the others; reads nothing past p[n - 1]
 inline Vec load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
@@ -92,6 +95,49 @@ inline void load_bf16_words(const void* p, Vec& low, Vec& high) {
   low = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
   high = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+
+// kLanes 32-bit integers, with the operators of the vector extension; as __m512i, which is of 64-bit integers, GCC
+// would keep accumulators twice
+typedef int32_t Ints __attribute__((vector_size(64)));
+// rows and vectors of columns that the integer microkernel sums at once (kernels/gemm_int8.h)
+#if defined(__AVX512VNNI__)
+constexpr int kIntRows = 6;
+#else
+constexpr int kIntRows = 4;
+#endif
+constexpr int kIntVectors = 4;
+
+inline Ints set1_int(int32_t x) { return (Ints)_mm512_set1_epi32(x); }
+inline Ints load_ints(const void* p) { return (Ints)_mm512_loadu_si512(p); }
+inline void store_ints(void* p, Ints v) { _mm512_storeu_si512(p, (__m512i)v); }
+inline Ints shift_right(Ints v, int bits) { return (Ints)_mm512_srli_epi32((__m512i)v, static_cast<unsigned>(bits)); }
+inline Vec to_float(Ints v) { return __builtin_convertvector(v, Vec); }
+inline Vec as_float(Ints v) { return _mm512_castsi512_ps((__m512i)v); }
+inline Vec load_bytes(const uint8_t* p) {
+  // with a full mask: GCC 12 warns of the undefined operand inside the plain intrinsic
+  return to_float((Ints)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+// sum + codes[0] x[0] + .. + codes[3] x[3] in each lane: unsigned bytes times signed bytes, exact
+inline Ints dot4(Ints sum, Ints codes, Ints x) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
+#else
+  // as 16-bit integers, even and odd bytes: vpmaddubsw would saturate
+  const __m512i c = (__m512i)codes, q = (__m512i)x;
+  const __m512i even =
+      _mm512_madd_epi16(_mm512_and_si512(c, _mm512_set1_epi16(0xff)), _mm512_srai_epi16(_mm512_slli_epi16(q, 8), 8));
+  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(c, 8), _mm512_srai_epi16(q, 8));
+  return sum + (Ints)even + (Ints)odd;
+#endif
+}
+
+// 16 values, looked up by the lowest 4 bits of each lane
+struct Table16 {
+  Vec values;
+};
+inline Table16 load_table(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec lookup(const Table16& t, Ints codes) { return _mm512_permutexvar_ps((__m512i)codes, t.values); }
 
 // rows r[i] of a 16 x 16 matrix become its columns
 inline void transpose(Vec* r) {

@@ -3,6 +3,10 @@
 // AVX-512 in the last bits; they are as reproducible. See vec_avx512.h for what each function means.
 #pragma once
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <cstring>
 
 #include "types.h"
@@ -12,6 +16,7 @@ namespace {
 
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t VecInt __attribute__((vector_size(16)));
+typedef uint32_t VecUint __attribute__((vector_size(16)));
 typedef uint16_t VecHalf __attribute__((vector_size(8)));
 constexpr int kLanes = 4;
 // 4 rows x 2 vectors are 8 accumulators of the 16 registers of SSE2, whose multiplications need a copy
@@ -147,6 +152,46 @@ inline void load_bf16_words(const void* p, Vec& low, Vec& high) {
   std::memcpy(&w, p, sizeof(w));
   low = (Vec)(w << 16);
   high = (Vec)(w & static_cast<int32_t>(0xffff0000u));
+}
+
+typedef VecInt Ints;
+constexpr int kIntRows = 4;
+constexpr int kIntVectors = 2;
+
+inline Ints set1_int(int32_t x) { return Ints{x, x, x, x}; }
+inline Ints load_ints(const void* p) {
+  Ints v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store_ints(void* p, Ints v) { std::memcpy(p, &v, sizeof(v)); }
+inline Ints shift_right(Ints v, int bits) { return (Ints)((VecUint)v >> static_cast<uint32_t>(bits)); }
+inline Vec to_float(Ints v) { return __builtin_convertvector(v, Vec); }
+inline Vec as_float(Ints v) { return (Vec)v; }
+inline Vec load_bytes(const uint8_t* p) {
+  return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+}
+
+inline Ints dot4(Ints sum, Ints codes, Ints x) {
+#if defined(__SSE2__)
+  // SSE2 multiplies 16-bit integers only
+  const __m128i c = (__m128i)codes, q = (__m128i)x;
+  const __m128i even = _mm_madd_epi16(_mm_and_si128(c, _mm_set1_epi16(0xff)), _mm_srai_epi16(_mm_slli_epi16(q, 8), 8));
+  return sum + (Ints)even + (Ints)_mm_madd_epi16(_mm_srli_epi16(c, 8), _mm_srai_epi16(q, 8));
+#else
+  const VecUint c = (VecUint)codes, q = (VecUint)x;
+  for (uint32_t bits = 0; bits < 32; bits += 8) sum += (Ints)((c >> bits) & 255) * ((Ints)(q << (24 - bits)) >> 24);
+  return sum;
+#endif
+}
+
+struct Table16 {
+  const float* values;
+};
+inline Table16 load_table(const float* p) { return {p}; }
+inline Vec lookup(const Table16& t, Ints codes) {
+  const Ints index = codes & 15;
+  return Vec{t.values[index[0]], t.values[index[1]], t.values[index[2]], t.values[index[3]]};
 }
 
 inline void transpose(Vec* r) {

@@ -4,6 +4,9 @@
 namespace gpt2rt::GPT2RT_ISA {
 namespace {
 
+// bytes that the stream of a panel is prefetched ahead
+constexpr int64_t kCodesAhead = 4096;
+
 inline float half_to_float(uint16_t bits) {
   f16 h{bits};
   float lanes[kLanes];
