@@ -45,6 +45,10 @@ void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType e
                "; convert it with .to(torch.", dtype_text(expected), ")");
 }
 
+bool is_storage(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
 DType check_storage(const char* op, const char* name, const Tensor& t) {
   const ScalarType type = t.scalar_type();
   switch (type) {

@@ -47,6 +47,7 @@ const char* dtype_text(ScalarType type);
 
 void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* expected);
 void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType expected);
+bool is_storage(ScalarType type);
 // one of the storage dtypes
 DType check_storage(const char* op, const char* name, const Tensor& t);
 // the same dtype as another argument

@@ -40,6 +40,10 @@ struct AttentionArgs {
   const void* value;
   DType cache_dtype;
   int64_t block_stride;  // elements from a block to the next: n_head * block_size * head_dim
+  // int8 cache: the scales of keys and values, at this head's first token of block 0, with a block every
+  // block_stride / head_dim floats; else nullptr
+  const float* key_scales;
+  const float* value_scales;
   int64_t block_size;
   int64_t head_dim;
   const int32_t* block_table;  // of this sequence
@@ -50,7 +54,15 @@ struct AttentionArgs {
   DType out_dtype;
   int64_t out_stride;
   float* scratch;  // attention_scratch_floats(head_dim) floats
+  // -1: all splits, merged into out. Else the number of the one split to compute, whose result goes to
+  // partials + split * attention_partial_floats(rows, head_dim), for attention_merge
+  int64_t split;
+  float* partials;
 };
+
+static constexpr int64_t attention_partial_floats(int64_t rows, int64_t head_dim) {
+  return rows * (attention_row_floats(head_dim) + 2);
+}
 
 struct Kernels {
   const char* name;
@@ -77,7 +89,11 @@ struct Kernels {
   void (*gemm_float32)(const GemmArgs& args);
   void (*gemm_bfloat16)(const GemmArgs& args);
   void (*gemm_int8)(const GemmArgs& args);
+  // n elements become int8 codes and one scale: kernels/kv_cache.h
+  void (*quantize_head)(DType dtype, const void* x, int64_t n, int8_t* codes, float* scale);
   void (*attention)(const AttentionArgs& args);
+  // out from partials, which holds every split of the tile; destroys them
+  void (*attention_merge)(const AttentionArgs& args);
   int64_t (*attention_scratch_floats)(int64_t head_dim);
 };
 

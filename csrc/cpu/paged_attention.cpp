@@ -10,6 +10,30 @@
 
 namespace gpt2rt {
 
+DType check_cache_dtype(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Char) return DType::kInt8;
+  GPT2RT_CHECK(is_storage(t.scalar_type()), op, ": ", name, " is ", dtype_text(t.scalar_type()),
+               ", expected float32, bfloat16, float16 or int8");
+  return check_storage(op, name, t);
+}
+
+void check_scales(const char* op, const Tensor& key_cache, const std::optional<Tensor>& key_scales,
+                  const std::optional<Tensor>& value_scales) {
+  const bool scaled = key_cache.scalar_type() == ScalarType::Char;
+  for (const bool value : {false, true}) {
+    const char* name = value ? "value_scales" : "key_scales";
+    const std::optional<Tensor>& scales = value ? value_scales : key_scales;
+    GPT2RT_CHECK(scales.has_value() == scaled, op, ": ", name, scaled ? " is missing" : " was given",
+                 ", but the cache is ", dtype_text(key_cache.scalar_type()),
+                 "; an int8 cache has scales, no other does");
+    if (!scaled) continue;
+    check_dtype(op, name, *scales, ScalarType::Float);
+    check_dim(op, name, *scales, 3, "[num_blocks, n_head, block_size]");
+    for (int64_t i = 0; i < 3; ++i) check_size(op, name, *scales, i, key_cache.size(i), "as key_cache");
+    check_contiguous(op, name, *scales);
+  }
+}
+
 void check_batch(const char* op, const PagedBatch& b) {
   if (b.query_start_loc != nullptr) {
     GPT2RT_CHECK(b.query_start_loc[0] == 0, op, ": query_start_loc[0] is ", b.query_start_loc[0], ", expected 0");
@@ -37,42 +61,90 @@ void check_batch(const char* op, const PagedBatch& b) {
   }
 }
 
-std::vector<AttentionTile> attention_tiles(const PagedBatch& b, int64_t num_heads) {
-  std::vector<AttentionTile> tiles;
+namespace {
+
+int64_t num_splits(const AttentionTile& tile) { return (tile.first_position + tile.rows + kSplit - 1) / kSplit; }
+
+// rows times the tokens that they look at, about
+int64_t tile_work(const AttentionTile& tile) {
+  const int64_t tokens = tile.first_position + tile.rows;
+  return tile.rows * (tile.split < 0 ? tokens : std::min(kSplit, tokens - tile.split * kSplit));
+}
+
+}  // namespace
+
+AttentionWork::AttentionWork(const PagedBatch& b, int64_t num_heads, int64_t head_dim, int num_threads) {
   int64_t longest = 0;
   for (int64_t s = 0; s < b.num_seqs; ++s) longest = std::max(longest, b.query_len(s));
+  std::vector<AttentionTile> tiles;
   tiles.reserve(static_cast<size_t>(b.num_seqs * num_heads * ((longest + kQueryTile - 1) / kQueryTile)));
   for (int64_t s = 0; s < b.num_seqs; ++s) {
     const int64_t query_len = b.query_len(s);
     for (int64_t head = 0; head < num_heads; ++head) {
       for (int64_t row = 0; row < query_len; row += kQueryTile) {
-        tiles.push_back({static_cast<int32_t>(s), static_cast<int32_t>(head), b.query_begin(s) + row,
-                         b.seq_lens[s] - query_len + row, std::min(kQueryTile, query_len - row)});
+        AttentionTile tile{};
+        tile.seq = static_cast<int32_t>(s);
+        tile.head = static_cast<int32_t>(head);
+        tile.first_query = b.query_begin(s) + row;
+        tile.first_position = b.seq_lens[s] - query_len + row;
+        tile.rows = std::min(kQueryTile, query_len - row);
+        tiles.push_back(tile);
       }
     }
   }
-  std::stable_sort(tiles.begin(), tiles.end(), [](const AttentionTile& a, const AttentionTile& c) {
-    return (a.first_position + a.rows) * a.rows > (c.first_position + c.rows) * c.rows;
-  });
-  return tiles;
+  // four tasks a thread even out tasks of unequal length and threads that were held up
+  const bool few = static_cast<int64_t>(tiles.size()) < 4 * int64_t{num_threads} && num_threads > 1;
+  std::vector<int32_t> splits;
+  int64_t floats = 0;
+  for (AttentionTile& tile : tiles) {
+    const int64_t count = num_splits(tile);
+    if (!few || count == 1) {
+      tiles_.push_back(tile);
+      continue;
+    }
+    tile.shared = static_cast<int32_t>(splits.size());
+    tile.partials = floats;
+    splits.push_back(static_cast<int32_t>(count));
+    floats += count * attention_partial_floats(tile.rows, head_dim);
+    for (tile.split = 0; tile.split < count; ++tile.split) tiles_.push_back(tile);
+  }
+  left_ = std::vector<std::atomic<int32_t>>(splits.size());
+  for (size_t i = 0; i < splits.size(); ++i) left_[i].store(splits[i], std::memory_order_relaxed);
+  partials_.resize(static_cast<size_t>(floats));
+  std::stable_sort(tiles_.begin(), tiles_.end(),
+                   [](const AttentionTile& a, const AttentionTile& c) { return tile_work(a) > tile_work(c); });
 }
 
-void attention_part(const Kernels& k, const AttentionArgs& base, int64_t query_head_stride, int64_t out_head_stride,
-                    const PagedBatch& batch, const std::vector<AttentionTile>& tiles, std::atomic<int64_t>& counter) {
+int64_t AttentionWork::longest() const { return tiles_.empty() ? 0 : tile_work(tiles_.front()); }
+
+void AttentionWork::part(const Kernels& k, const AttentionArgs& base, int64_t query_head_stride,
+                         int64_t out_head_stride, const PagedBatch& batch, std::atomic<int64_t>& counter) {
   AttentionArgs args = base;
   args.scratch = thread_scratch_floats(k.attention_scratch_floats(base.head_dim));
-  const int64_t count = static_cast<int64_t>(tiles.size());
+  const int64_t count = static_cast<int64_t>(tiles_.size());
   for (int64_t i; (i = counter.fetch_add(1, std::memory_order_relaxed)) < count;) {
-    const AttentionTile& tile = tiles[static_cast<size_t>(i)];
-    const int64_t cache_offset = tile.head * base.block_size * base.head_dim;
+    const AttentionTile& tile = tiles_[static_cast<size_t>(i)];
+    const int64_t head_rows = tile.head * base.block_size;
     args.query = at(base.query, tile.first_query * base.query_stride + tile.head * query_head_stride, base.query_dtype);
-    args.key = at(base.key, cache_offset, base.cache_dtype);
-    args.value = at(base.value, cache_offset, base.cache_dtype);
+    args.key = at(base.key, head_rows * base.head_dim, base.cache_dtype);
+    args.value = at(base.value, head_rows * base.head_dim, base.cache_dtype);
+    if (base.key_scales != nullptr) {
+      args.key_scales = base.key_scales + head_rows;
+      args.value_scales = base.value_scales + head_rows;
+    }
     args.block_table = batch.block_table + tile.seq * batch.table_stride;
     args.first_position = tile.first_position;
     args.rows = tile.rows;
     args.out = at(base.out, tile.first_query * base.out_stride + tile.head * out_head_stride, base.out_dtype);
+    args.split = tile.split;
+    args.partials = partials_.data() + tile.partials;
     k.attention(args);
+    if (tile.split < 0) continue;
+    std::atomic<int32_t>& left = left_[static_cast<size_t>(tile.shared)];
+    // acquire: the partials of the other threads; release: this one's
+    if (left.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+    k.attention_merge(args);
+    left.store(static_cast<int32_t>(num_splits(tile)), std::memory_order_relaxed);
   }
 }
 
@@ -84,7 +156,7 @@ PagedBatch check_paged(const char* op, const Tensor& query, const Tensor& key_ca
   check_storage(op, "query", query);
   check_dim(op, "query", query, 3, "[num_tokens, n_head, head_dim]");
   check_rows(op, "query", query);
-  check_storage(op, "key_cache", key_cache);
+  check_cache_dtype(op, "key_cache", key_cache);
   check_same_dtype(op, "value_cache", value_cache, "key_cache", key_cache);
   check_dim(op, "key_cache", key_cache, 4, "[num_blocks, n_head, block_size, head_dim]");
   check_dim(op, "value_cache", value_cache, 4, "[num_blocks, n_head, block_size, head_dim]");
@@ -118,7 +190,7 @@ PagedBatch check_paged(const char* op, const Tensor& query, const Tensor& key_ca
 }
 
 Tensor run_attention(const PagedBatch& batch, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                     double scale) {
+                     double scale, const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
   const int64_t num_heads = query.size(1), head_dim = query.size(2);
   Tensor out = new_like(query, {query.size(0), num_heads, head_dim});
   AttentionArgs args{};
@@ -127,7 +199,11 @@ Tensor run_attention(const PagedBatch& batch, const Tensor& query, const Tensor&
   args.query_stride = query.stride(0);
   args.key = key_cache.const_data_ptr();
   args.value = value_cache.const_data_ptr();
-  args.cache_dtype = check_storage("attention", "key_cache", key_cache);
+  args.cache_dtype = check_cache_dtype("attention", "key_cache", key_cache);
+  if (args.cache_dtype == DType::kInt8) {
+    args.key_scales = data<float>(*key_scales);
+    args.value_scales = data<float>(*value_scales);
+  }
   args.block_size = batch.block_size;
   args.block_stride = num_heads * batch.block_size * head_dim;
   args.head_dim = head_dim;
@@ -143,22 +219,21 @@ Tensor run_attention(const PagedBatch& batch, const Tensor& query, const Tensor&
       }
     }
   }
-  const std::vector<AttentionTile> tiles = attention_tiles(batch, num_heads);
-  int64_t work = 0;
-  for (const AttentionTile& tile : tiles) work += (tile.first_position + tile.rows) * tile.rows * head_dim;
-  const int64_t count = static_cast<int64_t>(tiles.size());
+  AttentionWork work(batch, num_heads, head_dim, default_num_threads());
   std::atomic<int64_t> counter{0};
   const Kernels& k = kernels();
-  parallel_rows(count, count > 0 ? work / count + 1 : 0,
-                [&](int64_t, int64_t) { attention_part(k, args, query.stride(1), head_dim, batch, tiles, counter); });
+  parallel_rows(static_cast<int64_t>(work.tiles().size()), work.longest() * head_dim + 1,
+                [&](int64_t, int64_t) { work.part(k, args, query.stride(1), head_dim, batch, counter); });
   return out;
 }
 
 Tensor paged_prefill_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
                                const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
-                               int64_t max_query_len, double scale) {
+                               int64_t max_query_len, double scale, const std::optional<Tensor>& key_scales,
+                               const std::optional<Tensor>& value_scales) {
   const char* op = "paged_prefill_attention";
   PagedBatch batch = check_paged(op, query, key_cache, value_cache, block_table, seq_lens, scale);
+  check_scales(op, key_cache, key_scales, value_scales);
   check_dtype(op, "query_start_loc", query_start_loc, ScalarType::Int);
   check_dim(op, "query_start_loc", query_start_loc, 1, "[num_seqs + 1]");
   check_size(op, "query_start_loc", query_start_loc, 0, batch.num_seqs + 1, "num_seqs + 1");
@@ -170,13 +245,15 @@ Tensor paged_prefill_attention(const Tensor& query, const Tensor& key_cache, con
     GPT2RT_CHECK(batch.query_len(s) <= max_query_len, op, ": max_query_len is ", max_query_len, ", but sequence ", s,
                  " has ", batch.query_len(s), " tokens in this step");
   }
-  return run_attention(batch, query, key_cache, value_cache, scale);
+  return run_attention(batch, query, key_cache, value_cache, scale, key_scales, value_scales);
 }
 
 Tensor paged_decode_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                              const Tensor& block_table, const Tensor& seq_lens, int64_t max_seq_len, double scale) {
+                              const Tensor& block_table, const Tensor& seq_lens, int64_t max_seq_len, double scale,
+                              const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
   const char* op = "paged_decode_attention";
   const PagedBatch batch = check_paged(op, query, key_cache, value_cache, block_table, seq_lens, scale);
+  check_scales(op, key_cache, key_scales, value_scales);
   GPT2RT_CHECK(batch.num_seqs == batch.num_tokens, op, ": query has ", batch.num_tokens, " rows, expected ",
                batch.num_seqs, ", one for each of seq_lens");
   check_batch(op, batch);
@@ -184,7 +261,7 @@ Tensor paged_decode_attention(const Tensor& query, const Tensor& key_cache, cons
     GPT2RT_CHECK(batch.seq_lens[s] <= max_seq_len, op, ": max_seq_len is ", max_seq_len, ", but seq_lens[", s, "] is ",
                  batch.seq_lens[s]);
   }
-  return run_attention(batch, query, key_cache, value_cache, scale);
+  return run_attention(batch, query, key_cache, value_cache, scale, key_scales, value_scales);
 }
 
 }  // namespace

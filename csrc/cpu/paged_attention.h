@@ -3,11 +3,31 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "checks.h"
 #include "kernels.h"
 
 namespace gpt2rt {
+
+// float32, bfloat16, float16 or int8
+DType check_cache_dtype(const char* op, const char* name, const Tensor& t);
+
+// raises unless an int8 cache has scales [num_blocks, n_head, block_size] float32, and any other has none
+void check_scales(const char* op, const Tensor& key_cache, const std::optional<Tensor>& key_scales,
+                  const std::optional<Tensor>& value_scales);
+
+// one head of one token goes to row `row` of a cache of rows of head_dim elements
+inline void write_cache_row(const Kernels& k, DType dtype, const void* x, int64_t head_dim, DType cache_dtype,
+                            void* cache, float* scales, int64_t row) {
+  void* target = at(cache, row * head_dim, cache_dtype);
+  if (cache_dtype == DType::kInt8) {
+    k.quantize_head(dtype, x, head_dim, static_cast<int8_t*>(target), scales + row);
+  } else {
+    k.convert_row(dtype, x, cache_dtype, target, head_dim);
+  }
+}
 
 // the batch, as it lies in the caller's tensors
 struct PagedBatch {
@@ -36,14 +56,35 @@ struct AttentionTile {
   int64_t first_query;  // row of the query matrix
   int64_t first_position;
   int64_t rows;
+  // the splits of one tile may be tasks of their own; then this is the number of one
+  int32_t split = -1;    // -1: all of them
+  int32_t shared = 0;    // index into AttentionWork::left
+  int64_t partials = 0;  // where the tile's splits go, floats into AttentionWork::partials
 };
 
-// every (sequence, head, tile of query rows); the longest first, so that threads end together
-std::vector<AttentionTile> attention_tiles(const PagedBatch& batch, int64_t num_heads);
+// The tasks of an attention over a batch, the longest first, so that threads end together.
+//
+// A task is a sequence, a head and a tile of query rows. Where these are fewer than the threads could use, each split
+// of 256 tokens becomes a task, and who computes the last one of a tile merges them in their order, which gives the
+// same bits.
+class AttentionWork {
+ public:
+  AttentionWork() = default;
+  AttentionWork(const PagedBatch& batch, int64_t num_heads, int64_t head_dim, int num_threads);
 
-// query, key, value, out and their dtypes and strides as of head 0; block_table, first_position, rows and scratch are
-// filled in. Called by every thread of a phase with a counter that starts at 0.
-void attention_part(const Kernels& k, const AttentionArgs& base, int64_t query_head_stride, int64_t out_head_stride,
-                    const PagedBatch& batch, const std::vector<AttentionTile>& tiles, std::atomic<int64_t>& counter);
+  const std::vector<AttentionTile>& tiles() const { return tiles_; }
+  // multiplications of the longest task, roughly
+  int64_t longest() const;
+
+  // query, key, value, scales, out and their dtypes and strides as of head 0; the rest is filled in. Called by every
+  // thread of a phase with a counter that starts at 0; may be run again, for the next layer.
+  void part(const Kernels& k, const AttentionArgs& base, int64_t query_head_stride, int64_t out_head_stride,
+            const PagedBatch& batch, std::atomic<int64_t>& counter);
+
+ private:
+  std::vector<AttentionTile> tiles_;
+  std::vector<std::atomic<int32_t>> left_;  // for each tile in splits, how many are not done
+  std::vector<float> partials_;
+};
 
 }  // namespace gpt2rt

@@ -10,8 +10,8 @@
 
 namespace gpt2rt {
 
-// the codes are those of the plan (gpt2rt.graph), so they must not change
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// the codes are those of the plan (gpt2rt.graph), so they must not change; int8 is a dtype of the KV cache alone
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 
 struct bf16 {
   uint16_t bits;
@@ -19,6 +19,10 @@ struct bf16 {
 
 struct f16 {
   uint16_t bits;
+};
+
+struct i8 {
+  int8_t bits;
 };
 
 // columns of one packed panel: a weight [N, K] is stored as ceil(N / 64) panels [K][64]
@@ -30,10 +34,13 @@ constexpr int64_t kSplit = 256;
 constexpr int64_t kGroup = 16;
 
 // query rows that one attention task takes at most; does not influence results
-constexpr int64_t kQueryTile = 32;
+constexpr int64_t kQueryTile = 64;
 
 constexpr int64_t kMaxHeadDim = 256;
 
-static constexpr int64_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+// floats of one row of head_dim inside the attention: whole vectors of every instruction set
+static constexpr int64_t attention_row_floats(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+static constexpr int64_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2; }
 
 }  // namespace gpt2rt

@@ -165,8 +165,44 @@ inline void transpose(Vec* r) {
   }
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-inline void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+inline void transpose_quads(Vec* r) {
+  const Vec low = _mm256_permute2f128_ps(r[0], r[1], 0x20);
+  r[1] = _mm256_permute2f128_ps(r[0], r[1], 0x31);
+  r[0] = low;
+}
+
+inline void transpose_in_quads(Vec* r) {
+  const Vec a = _mm256_unpacklo_ps(r[0], r[1]);
+  const Vec b = _mm256_unpackhi_ps(r[0], r[1]);
+  const Vec c = _mm256_unpacklo_ps(r[2], r[3]);
+  const Vec d = _mm256_unpackhi_ps(r[2], r[3]);
+  r[0] = _mm256_shuffle_ps(a, c, 0x44);
+  r[1] = _mm256_shuffle_ps(a, c, 0xee);
+  r[2] = _mm256_shuffle_ps(b, d, 0x44);
+  r[3] = _mm256_shuffle_ps(b, d, 0xee);
+}
+
+inline Vec set_quads(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+
+inline Vec load(const i8* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Vec load_first(const i8* p, int n) {
+  i8 bytes[8] = {};
+  std::memcpy(bytes, p, static_cast<size_t>(n));
+  return load(bytes);
+}
+
+// GCC takes a function that does nothing but prefetch for one without effect and drops calls of it; the empty statement
+// is an effect
+inline void prefetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  asm volatile("");
+}
+inline void prefetch_l2(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+  asm volatile("");
+}
 
 }  // namespace
 }  // namespace gpt2rt::GPT2RT_ISA

@@ -165,8 +165,47 @@ inline void transpose(Vec* r) {
   }
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-inline void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+// r[i] becomes quads (4 neighbouring lanes) number i of r[0], r[1], r[2] and r[3]
+inline void transpose_quads(Vec* r) {
+  const Vec a = _mm512_shuffle_f32x4(r[0], r[1], 0x88);
+  const Vec b = _mm512_shuffle_f32x4(r[0], r[1], 0xdd);
+  const Vec c = _mm512_shuffle_f32x4(r[2], r[3], 0x88);
+  const Vec d = _mm512_shuffle_f32x4(r[2], r[3], 0xdd);
+  r[0] = _mm512_shuffle_f32x4(a, c, 0x88);
+  r[1] = _mm512_shuffle_f32x4(b, d, 0x88);
+  r[2] = _mm512_shuffle_f32x4(a, c, 0xdd);
+  r[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
+}
+
+// each quad of r[0..4] is a row of a 4 x 4 matrix, which is transposed
+inline void transpose_in_quads(Vec* r) {
+  const Vec a = _mm512_unpacklo_ps(r[0], r[1]);
+  const Vec b = _mm512_unpackhi_ps(r[0], r[1]);
+  const Vec c = _mm512_unpacklo_ps(r[2], r[3]);
+  const Vec d = _mm512_unpackhi_ps(r[2], r[3]);
+  r[0] = _mm512_shuffle_ps(a, c, 0x44);
+  r[1] = _mm512_shuffle_ps(a, c, 0xee);
+  r[2] = _mm512_shuffle_ps(b, d, 0x44);
+  r[3] = _mm512_shuffle_ps(b, d, 0xee);
+}
+
+// p[0..4] in every quad
+inline Vec set_quads(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+
+inline Vec widen_i8(__m128i b) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b)); }
+inline Vec load(const i8* p) { return widen_i8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load_first(const i8* p, int n) { return widen_i8(_mm_maskz_loadu_epi8(first_lanes(n), p)); }
+
+// GCC takes a function that does nothing but prefetch for one without effect and drops calls of it; the empty statement
+// is an effect
+inline void prefetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  asm volatile("");
+}
+inline void prefetch_l2(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+  asm volatile("");
+}
 
 }  // namespace
 }  // namespace gpt2rt::GPT2RT_ISA

@@ -200,8 +200,30 @@ inline void transpose(Vec* r) {
   for (int i = 0; i < 4; ++i) r[i] = t[i];
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
-inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void transpose_quads(Vec*) {}
+inline void transpose_in_quads(Vec* r) { transpose(r); }
+inline Vec set_quads(const float* p) { return load(p); }
+
+inline Vec load(const i8* p) {
+  return Vec{static_cast<float>(p[0].bits), static_cast<float>(p[1].bits), static_cast<float>(p[2].bits),
+             static_cast<float>(p[3].bits)};
+}
+inline Vec load_first(const i8* p, int n) {
+  Vec v = zero();
+  for (int i = 0; i < n; ++i) v[i] = static_cast<float>(p[i].bits);
+  return v;
+}
+
+// GCC takes a function that does nothing but prefetch for one without effect and drops calls of it; the empty statement
+// is an effect
+inline void prefetch(const void* p) {
+  __builtin_prefetch(p);
+  asm volatile("");
+}
+inline void prefetch_l2(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+  asm volatile("");
+}
 
 }  // namespace
 }  // namespace gpt2rt::GPT2RT_ISA

@@ -36,14 +36,19 @@ struct Cache {
   DType dtype;
   int64_t num_heads;
   int64_t head_dim;
-  int64_t half;  // elements of the keys or of the values of one layer
+  int64_t half;   // elements of the keys or of the values of one layer
+  float* scales;  // of an int8 cache, one for each row of head_dim elements, in the same order
 
   char* keys(int64_t layer) const { return static_cast<char*>(at(data, 2 * layer * half, dtype)); }
   char* values(int64_t layer) const { return static_cast<char*>(at(data, (2 * layer + 1) * half, dtype)); }
+  float* key_scales(int64_t layer) const { return scales == nullptr ? nullptr : scales + 2 * layer * half / head_dim; }
+  float* value_scales(int64_t layer) const {
+    return scales == nullptr ? nullptr : scales + (2 * layer + 1) * half / head_dim;
+  }
 };
 
 // the codes are those of the profile (gpt2rt.graph.cpu)
-enum class PhaseKind { kEmbed, kRows, kNormInPlace, kLinear, kAttention, kHeadRows, kHeadLinear };
+enum class PhaseKind { kEmbed, kRows, kNormInPlace, kLinear, kAttention, kHeadRows, kHeadLinear, kWriteCache };
 
 struct Phase {
   PhaseKind kind;
@@ -78,7 +83,7 @@ class Profile {
 class Step {
  public:
   Step(const Kernels& kernels, const Plan& plan, const Batch& batch, const Cache& cache, const WorkspaceLayout& layout,
-       float* workspace, const Tables& tables, float* logits, float* hidden, Profile* profile)
+       float* workspace, const Tables& tables, float* logits, float* hidden, Profile* profile, int num_threads)
       : k_(kernels),
         plan_(plan),
         batch_(batch),
@@ -92,16 +97,19 @@ class Step {
         tables_(tables),
         logits_(logits),
         hidden_(hidden),
-        profile_(profile) {
+        profile_(profile),
+        num_threads_(num_threads) {
     build_phases();
     counters_ = std::vector<std::atomic<int64_t>>(phases_.size());
-    if (plan.qkv_width > 0) tiles_ = attention_tiles(batch.paged, cache.num_heads);
+    if (plan.qkv_width > 0) {
+      attention_ = AttentionWork(batch.paged, cache.num_heads, cache.head_dim, num_threads);
+    }
   }
 
   const std::vector<Phase>& phases() const { return phases_; }
 
-  void run(int num_threads) {
-    run_phases(num_threads, static_cast<int>(phases_.size()), [this](int phase, int thread, int threads) {
+  void run() {
+    run_phases(num_threads_, static_cast<int>(phases_.size()), [this](int phase, int thread, int threads) {
       if (profile_ != nullptr && thread == 0) profile_->start(phase);
       run_phase(phases_[static_cast<size_t>(phase)], counters_[static_cast<size_t>(phase)], thread, threads);
     });
@@ -124,6 +132,9 @@ class Step {
           if (prepares_rows(node) && !own_rows()) phases_.push_back({PhaseKind::kRows, &node, 0});
           phases_.push_back({PhaseKind::kLinear, &node, 0});
           if (node.opcode == Opcode::kNormLinearAct) buf_width = node.weight.n;
+          if (node.opcode == Opcode::kNormQkv && cache_.scales != nullptr) {
+            phases_.push_back({PhaseKind::kWriteCache, &node, 0});
+          }
           break;
         case Opcode::kAttention:
           phases_.push_back({PhaseKind::kAttention, &node, 0});
@@ -158,6 +169,8 @@ class Step {
         return norm_in_place(node, thread_range(batch_.num_tokens, thread, threads));
       case PhaseKind::kLinear:
         return linear(node, phase.buf_width, counter, thread, threads);
+      case PhaseKind::kWriteCache:
+        return quantize_to_cache(node.layer, thread_range(batch_.num_tokens * cache_.num_heads, thread, threads));
       case PhaseKind::kAttention:
         return attention(node, counter);
       case PhaseKind::kHeadRows:
@@ -273,7 +286,7 @@ class Step {
       args.y_group = node.y_group;
     }
     gemm_part(k_, args, thread, threads, counter, [&](int64_t row, int64_t count, int64_t column, int64_t end) {
-      if (qkv) write_cache(node.layer, row, count, column, end);
+      if (qkv && cache_.scales == nullptr) write_cache(node.layer, row, count, column, end);
     });
   }
 
@@ -299,7 +312,22 @@ class Step {
     }
   }
 
-  void attention(const Node& node, std::atomic<int64_t>& counter) const {
+  // int8 cache: a head's scale needs the whole head, which two threads may have computed, so this is a phase of its own
+  void quantize_to_cache(int64_t layer, Range items) const {
+    const int64_t n = plan_.n_embd, head_dim = cache_.head_dim, block_size = batch_.paged.block_size;
+    for (int64_t i = items.begin; i < items.end; ++i) {
+      const int64_t t = i / cache_.num_heads, head = i % cache_.num_heads, slot = batch_.slots[t];
+      if (slot < 0) continue;
+      const int64_t row = ((slot / block_size) * cache_.num_heads + head) * block_size + slot % block_size;
+      const float* key = qkv_ + t * layout_.qkv_stride + n + head * head_dim;
+      write_cache_row(k_, DType::kFloat32, key, head_dim, cache_.dtype, cache_.keys(layer), cache_.key_scales(layer),
+                      row);
+      write_cache_row(k_, DType::kFloat32, key + n, head_dim, cache_.dtype, cache_.values(layer),
+                      cache_.value_scales(layer), row);
+    }
+  }
+
+  void attention(const Node& node, std::atomic<int64_t>& counter) {
     AttentionArgs args{};
     args.query = qkv_;
     args.query_dtype = DType::kFloat32;
@@ -308,6 +336,8 @@ class Step {
     args.key = cache_.keys(node.layer);
     args.value = cache_.values(node.layer);
     args.cache_dtype = cache_.dtype;
+    args.key_scales = cache_.key_scales(node.layer);
+    args.value_scales = cache_.value_scales(node.layer);
     args.block_size = batch_.paged.block_size;
     args.block_stride = cache_.num_heads * args.block_size * cache_.head_dim;
     args.head_dim = cache_.head_dim;
@@ -315,7 +345,7 @@ class Step {
     args.out = buf_;
     // the buffer's rows lie as far apart in either dtype
     args.out_stride = row_stride(plan_.n_embd) * 4 / item_size(node.y_dtype);
-    attention_part(k_, args, cache_.head_dim, cache_.head_dim, batch_.paged, tiles_, counter);
+    attention_.part(k_, args, cache_.head_dim, cache_.head_dim, batch_.paged, counter);
   }
 
   void head_linear(const Node& node, std::atomic<int64_t>& counter, int thread, int threads) const {
@@ -347,9 +377,10 @@ class Step {
   float* logits_;
   float* hidden_;
   Profile* profile_;
+  int num_threads_;
   std::vector<Phase> phases_;
   std::vector<std::atomic<int64_t>> counters_;
-  std::vector<AttentionTile> tiles_;
+  AttentionWork attention_;
 };
 
 constexpr const char* kOp = "cpu_step";
@@ -379,9 +410,9 @@ DType check_table(const char* name, const Tensor& t, int64_t rows, int64_t colum
 }
 
 // the cache fits every layer of the plan
-Cache check_cache(const Tensor& t, const Plan& plan) {
+Cache check_cache(const Tensor& t, const std::optional<Tensor>& scales, const Plan& plan) {
   Cache cache{};
-  cache.dtype = check_storage(kOp, "kv_cache", t);
+  cache.dtype = check_cache_dtype(kOp, "kv_cache", t);
   check_dim(kOp, "kv_cache", t, 6, "[n_layer, 2, num_blocks, n_head, block_size, head_dim]");
   check_size(kOp, "kv_cache", t, 1, 2, "keys and values");
   check_contiguous(kOp, "kv_cache", t);
@@ -390,6 +421,16 @@ Cache check_cache(const Tensor& t, const Plan& plan) {
   GPT2RT_CHECK(t.size(4) >= 1, kOp, ": kv_cache ", shape_text(t), " has blocks of 0 tokens");
   cache.half = t.size(2) * t.size(3) * t.size(4) * t.size(5);
   cache.data = mutable_data<char>(t);
+  const bool scaled = cache.dtype == DType::kInt8;
+  GPT2RT_CHECK(scales.has_value() == scaled, kOp, ": kv_scales ", scaled ? "is missing" : "was given",
+               ", but kv_cache is ", dtype_text(t.scalar_type()), "; an int8 cache has scales, no other does");
+  if (scaled) {
+    check_dtype(kOp, "kv_scales", *scales, ScalarType::Float);
+    check_dim(kOp, "kv_scales", *scales, 5, "[n_layer, 2, num_blocks, n_head, block_size]");
+    for (int64_t i = 0; i < 5; ++i) check_size(kOp, "kv_scales", *scales, i, t.size(i), "as kv_cache");
+    check_contiguous(kOp, "kv_scales", *scales);
+    cache.scales = mutable_data<float>(*scales);
+  }
   for (const Node& node : plan.nodes) {
     if (node.opcode == Opcode::kNormQkv) {
       GPT2RT_CHECK(node.layer < t.size(0), kOp, ": the plan has a layer ", node.layer, ", but kv_cache ", shape_text(t),
@@ -443,7 +484,8 @@ void cpu_step(const Tensor& plan_rows, const Tensor& arena, const Tensor& wte, c
               const Tensor& input_ids, const Tensor& position_ids, const Tensor& query_start_loc,
               const Tensor& seq_lens, const Tensor& block_table, const Tensor& slot_mapping,
               const Tensor& logits_indices, const Tensor& kv_cache, const Tensor& workspace, const Tensor& logits,
-              const Tensor& hidden, int64_t num_threads, const std::optional<Tensor>& times) {
+              const Tensor& hidden, int64_t num_threads, const std::optional<Tensor>& times,
+              const std::optional<Tensor>& kv_scales) {
   const Plan plan = read_plan(kOp, plan_rows, &arena);
   const int threads = resolve_num_threads(num_threads);
   const Node& embed = plan.nodes.front();
@@ -454,7 +496,7 @@ void cpu_step(const Tensor& plan_rows, const Tensor& arena, const Tensor& wte, c
   }
   tables.wpe_dtype = check_table("wpe", wpe, embed.n_positions, plan.n_embd);
   tables.wpe = wpe.const_data_ptr();
-  const Cache cache = check_cache(kv_cache, plan);
+  const Cache cache = check_cache(kv_cache, kv_scales, plan);
 
   Batch batch{};
   check_dim(kOp, "input_ids", input_ids, 1, "[num_tokens]");
@@ -514,9 +556,9 @@ void cpu_step(const Tensor& plan_rows, const Tensor& arena, const Tensor& wte, c
 
   Profile profile;
   Step step(kernels(), plan, batch, cache, layout, floats, tables, logits_out, hidden_out,
-            times.has_value() ? &profile : nullptr);
+            times.has_value() ? &profile : nullptr, threads);
   if (times.has_value()) check_times(*times, step.phases().size());
-  step.run(threads);
+  step.run();
   if (times.has_value()) write_times(*times, plan, step.phases(), profile);
 }
 

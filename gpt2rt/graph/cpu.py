@@ -44,7 +44,7 @@ _FIELDS = 16
 _EMBED, _NORM_QKV, _ATTENTION, _LINEAR_RESIDUAL, _NORM_LINEAR_ACT, _NORM, _HEAD = range(7)
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT8, _INT4, _CODE4 = 3, 4, 5
-_PHASES = ("embed", "rows", "norm", "linear", "attention", "head rows", "head")
+_PHASES = ("embed", "rows", "norm", "linear", "attention", "head rows", "head", "cache")
 _ACTIVATION_CODES = {
     "linear": 0,
     "gelu_new": 1,

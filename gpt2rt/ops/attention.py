@@ -11,7 +11,15 @@ from ._checks import check_caches, check_index, check_storage_dtype
 from ._library import define
 
 
-def _write_kv_fake(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+def _write_kv_fake(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> None:
     return None
 
 
@@ -24,6 +32,8 @@ def _prefill_fake(
     query_start_loc: Tensor,
     max_query_len: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
@@ -36,13 +46,16 @@ def _decode_fake(
     seq_lens: Tensor,
     max_seq_len: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
 _write_kv = define(
     "write_kv",
-    "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping) -> ()",
+    "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping, "
+    "Tensor(c!)? key_scales=None, Tensor(d!)? value_scales=None) -> ()",
     reference=refs.write_kv_ref,
     triton="write_kv:write_kv_triton",
     fake=_write_kv_fake,
@@ -50,7 +63,8 @@ _write_kv = define(
 _paged_prefill_attention = define(
     "paged_prefill_attention",
     "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor query_start_loc, int max_query_len, float scale) -> Tensor",
+    "Tensor query_start_loc, int max_query_len, float scale, "
+    "Tensor? key_scales=None, Tensor? value_scales=None) -> Tensor",
     reference=refs.paged_prefill_attention_ref,
     triton="paged_prefill_attention:paged_prefill_attention_triton",
     fake=_prefill_fake,
@@ -58,7 +72,7 @@ _paged_prefill_attention = define(
 _paged_decode_attention = define(
     "paged_decode_attention",
     "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
-    "int max_seq_len, float scale) -> Tensor",
+    "int max_seq_len, float scale, Tensor? key_scales=None, Tensor? value_scales=None) -> Tensor",
     reference=refs.paged_decode_attention_ref,
     triton="paged_decode_attention:paged_decode_attention_triton",
     fake=_decode_fake,

@@ -28,6 +28,7 @@ def _cpu_step_fake(
     hidden: Tensor,
     num_threads: int,
     times: Tensor | None = None,
+    kv_scales: Tensor | None = None,
 ) -> None:
     return None
 
@@ -42,7 +43,7 @@ cpu_step = define(
     "(Tensor plan, Tensor arena, Tensor wte, Tensor wpe, Tensor input_ids, Tensor position_ids, "
     "Tensor query_start_loc, Tensor seq_lens, Tensor block_table, Tensor slot_mapping, Tensor logits_indices, "
     "Tensor(a!) kv_cache, Tensor(b!) workspace, Tensor(c!) logits, Tensor(d!) hidden, int num_threads, "
-    "Tensor(e!)? times=None) -> ()",
+    "Tensor(e!)? times=None, Tensor(f!)? kv_scales=None) -> ()",
     reference=None,
     fake=_cpu_step_fake,
 )

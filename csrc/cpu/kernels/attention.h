@@ -6,8 +6,10 @@
 // operations depend on its position only: not on the rows beside it in the tile, nor on where the blocks lie. Prefill
 // and decode therefore agree to the bit.
 //
-// Scores: a group of keys is transposed once for all rows of the tile, then lanes are keys and the sum runs over the
-// head dimension in four interleaved chains. Values: lanes are the head dimension and the sum runs over tokens.
+// Scores: the sum over the head dimension runs in four interleaved chains. For many rows a group of keys is transposed
+// once, and lanes are keys; for one row that would cost more than the score itself, so there the lanes are keys and
+// chains, as the keys lie in memory, and the result is the same to the bit. Values: lanes are the head dimension and
+// the sum runs over tokens. int8 caches: scores and weights are multiplied by the tokens' scales.
 #pragma once
 
 namespace gpt2rt::GPT2RT_ISA {
@@ -18,6 +20,8 @@ constexpr int kGroupVecs = static_cast<int>(kGroup) / kLanes;
 constexpr int64_t kScoreStride = kSplit + kGroup;
 // rows that share the loads of keys and values
 constexpr int kAttentionRows = 4;
+// tokens by which the fetching of keys and values runs ahead of a single row
+constexpr int64_t kFewRowsAhead = 4 * kGroup;
 
 struct AttentionScratch {
   int64_t ld;          // head_dim rounded up to 64 bytes
@@ -33,16 +37,14 @@ struct AttentionScratch {
   float* total_sum;
 };
 
-inline int64_t attention_ld(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
-
 int64_t attention_scratch_floats(int64_t head_dim) {
-  const int64_t ld = attention_ld(head_dim);
+  const int64_t ld = attention_row_floats(head_dim);
   return ld * (3 * kQueryTile + 2 * kGroup) + kQueryTile * kScoreStride + 4 * kQueryTile;
 }
 
 inline AttentionScratch attention_scratch(float* p, int64_t head_dim) {
   AttentionScratch s;
-  s.ld = attention_ld(head_dim);
+  s.ld = attention_row_floats(head_dim);
   const auto take = [&p](int64_t floats) {
     float* taken = p;
     p += floats;
@@ -59,6 +61,19 @@ inline AttentionScratch attention_scratch(float* p, int64_t head_dim) {
   s.total_max = take(kQueryTile);
   s.total_sum = take(kQueryTile);
   return s;
+}
+
+// where one split of a tile lies in memory
+struct AttentionPartial {
+  float* rows;  // [rows][ld], not divided by the sum
+  float* max;   // [rows]
+  float* sum;   // [rows]
+};
+
+inline AttentionPartial attention_partial(const AttentionArgs& args, int64_t split) {
+  const int64_t ld = attention_row_floats(args.head_dim);
+  float* start = args.partials + split * attention_partial_floats(args.rows, args.head_dim);
+  return {start, start + args.rows * ld, start + args.rows * (ld + 1)};
 }
 
 // keys[d][t] = key[t][d] for t < tokens; the lanes past tokens are zero
@@ -117,10 +132,36 @@ inline void score_rows(const float* query, int64_t ld, const float* keys, int64_
   }
 }
 
+// scores[0..16] = query . key[0..16], to the bit as score_rows<1>; head_dim is a multiple of 16
+template <typename T>
+inline void score_one_row(const float* query, const T* key, int64_t head_dim, float* scores) {
+  constexpr int kQuads = kLanes / 4;
+  for (int g = 0; g < kGroupVecs; ++g, key += kLanes * head_dim) {
+    // quad L of sum[j] has the four chains of key j + 4 L
+    Vec sum[4] = {zero(), zero(), zero(), zero()};
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      Vec quad[kQuads];
+#pragma GCC unroll 4
+      for (int i = 0; i < kQuads; ++i) quad[i] = set_quads(query + d + 4 * i);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        Vec keys[kQuads];
+#pragma GCC unroll 4
+        for (int i = 0; i < kQuads; ++i) keys[i] = load(key + (j + 4 * i) * head_dim + d);
+        transpose_quads(keys);
+#pragma GCC unroll 4
+        for (int i = 0; i < kQuads; ++i) sum[j] = fma(quad[i], keys[i], sum[j]);
+      }
+    }
+    // sum[c] has chain c of all keys
+    transpose_in_quads(sum);
+    store(scores + g * kLanes, add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+  }
+}
+
 // out[r] += sum over t < tokens of p[r][t] value[t], for kRows rows and kVecs vectors of the head dimension
-template <int kRows, int kVecs>
-inline void add_values(const float* p, const float* value, int64_t value_stride, int64_t tokens, int64_t ld,
-                       float* out) {
+template <int kRows, int kVecs, typename T>
+inline void add_values(const float* p, const T* value, int64_t value_stride, int64_t tokens, int64_t ld, float* out) {
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -146,8 +187,8 @@ inline void add_values(const float* p, const float* value, int64_t value_stride,
 }
 
 // value rows have ld floats (or head_dim, where that is the same), so whole vectors may be read
-template <int kRows>
-inline void add_values_rows(const float* p, const float* value, int64_t value_stride, int64_t tokens, int64_t ld,
+template <int kRows, typename T>
+inline void add_values_rows(const float* p, const T* value, int64_t value_stride, int64_t tokens, int64_t ld,
                             float* out) {
   // 4 rows x 4 vectors fit 32 registers, 4 rows x 2 vectors fit 16
   constexpr int kVecs = kLanes == 16 ? 4 : 2;
@@ -158,7 +199,26 @@ inline void add_values_rows(const float* p, const float* value, int64_t value_st
   for (; d < ld; d += kLanes) add_values<kRows, 1>(p, value + d, value_stride, tokens, ld, out + d);
 }
 
-// scores of one row become p = exp(s - max); returns their sum
+// partial[r] += sum of weights[r][t] value[t] over the n tokens of a group, for rows r.. of the tile; row `i` sees the
+// tokens up to i - start. What lies beyond may be anything, NaN included.
+template <typename T>
+inline void add_group(const float* weights, const T* values, int64_t stride, int64_t n, int64_t start, int64_t r,
+                      int64_t rows, const AttentionScratch& s) {
+  const auto row = [&](int64_t i, int64_t from, int64_t to) {
+    add_values_rows<1>(weights + i * kScoreStride + from, values + from * stride, stride, to - from, s.ld,
+                       s.partial + i * s.ld);
+  };
+  for (; r + kAttentionRows <= rows; r += kAttentionRows) {
+    // what the first of the rows sees together, the rest alone
+    const int64_t common = r + 1 - start < n ? r + 1 - start : n;
+    add_values_rows<kAttentionRows>(weights + r * kScoreStride, values, stride, common, s.ld, s.partial + r * s.ld);
+    for (int64_t i = r + 1; common < n && i < r + kAttentionRows; ++i)
+      row(i, common, i + 1 - start < n ? i + 1 - start : n);
+  }
+  for (; r < rows; ++r) row(r, 0, r + 1 - start < n ? r + 1 - start : n);
+}
+
+// scores of one row become p = 2^(s - max); returns their sum
 inline float softmax_row(float* scores, int64_t n, float& maximum) {
   Vec m = set1(-__builtin_inff());
   for_vectors(n, [&](int64_t i, int lanes) {
@@ -169,7 +229,7 @@ inline float softmax_row(float* scores, int64_t n, float& maximum) {
   const Vec shift = set1(maximum);
   Vec sum = zero();
   for_vectors(n, [&](int64_t i, int lanes) {
-    Vec p = exp(sub(load(scores + i), shift));
+    Vec p = exp2_nonpositive(sub(load(scores + i), shift));
     if (lanes < kLanes) p = select_first(p, zero(), lanes);
     store(scores + i, p);
     sum = add(sum, p);
@@ -177,18 +237,33 @@ inline float softmax_row(float* scores, int64_t n, float& maximum) {
   return reduce_add(sum);
 }
 
-// (total, m, l) <- merge of (total, m, l) and the split's (partial, m, l)
-inline void merge_row(const AttentionScratch& s, int64_t row) {
-  const float m = s.total_max[row] > s.partial_max[row] ? s.total_max[row] : s.partial_max[row];
-  const Vec a = exp(set1(s.total_max[row] - m));
-  const Vec b = exp(set1(s.partial_max[row] - m));
-  s.total_max[row] = m;
-  s.total_sum[row] = first(fma(set1(s.total_sum[row]), a, mul(set1(s.partial_sum[row]), b)));
-  float* total = s.total + row * s.ld;
-  const float* partial = s.partial + row * s.ld;
-  for (int64_t d = 0; d < s.ld; d += kLanes) {
+// scores[i] *= scales[i] for i < n <= kGroup
+inline void scale_scores(float* scores, const float* scales, int64_t n) {
+  for_vectors(n,
+              [=](int64_t i, int lanes) { store(scores + i, mul(load(scores + i), load_lanes(scales + i, lanes))); });
+}
+
+// (total, max, sum) <- merge of (total, max, sum) and of a split's
+inline void merge_row(float* total, float& total_max, float& total_sum, const float* partial, float partial_max,
+                      float partial_sum, int64_t ld) {
+  const float m = total_max > partial_max ? total_max : partial_max;
+  const Vec a = exp2_nonpositive(set1(total_max - m));
+  const Vec b = exp2_nonpositive(set1(partial_max - m));
+  total_max = m;
+  total_sum = first(fma(set1(total_sum), a, mul(set1(partial_sum), b)));
+  for (int64_t d = 0; d < ld; d += kLanes) {
     store(total + d, fma(load(total + d), a, mul(load(partial + d), b)));
   }
+}
+
+// row `row` of the result: total / sum
+inline void write_row(const AttentionArgs& args, int64_t row, const float* total, float sum) {
+  const Vec inverse = set1(1.0f / sum);
+  with_type(args.out_dtype, [&](auto t) {
+    auto* out = static_cast<decltype(t)*>(args.out) + row * args.out_stride;
+    for_vectors(args.head_dim,
+                [&](int64_t i, int lanes) { store_lanes(out + i, mul(load(total + i), inverse), lanes); });
+  });
 }
 
 // tokens of the group that starts at position p and ends before end: one block, one run of 16
@@ -200,48 +275,69 @@ inline int64_t group_tokens(int64_t p, int64_t block_size, int64_t end) {
   return end - p < n ? end - p : n;
 }
 
-template <typename T>
-inline void prefetch_group(const T* group, int64_t elements) {
-  const char* bytes = reinterpret_cast<const char*>(group);
-  for (int64_t i = 0; i < elements * static_cast<int64_t>(sizeof(T)); i += 64) prefetch_l2(bytes + i);
-}
-
-template <typename T>
-void attention_tile(const AttentionArgs& args) {
-  const AttentionScratch s = attention_scratch(args.scratch, args.head_dim);
-  const int64_t head_dim = args.head_dim;
-  const int64_t rows = args.rows;
-  const T* key_cache = static_cast<const T*>(args.key);
-  const T* value_cache = static_cast<const T*>(args.value);
-  const bool values_in_place = std::is_same_v<T, float> && s.ld == head_dim;
-
-  const auto offset = [&](int64_t position) {
-    return args.block_table[position / args.block_size] * args.block_stride + position % args.block_size * head_dim;
-  };
-  const Vec scale = set1(args.scale);
+inline void load_queries(const AttentionArgs& args, const AttentionScratch& s) {
+  // scores are kept in units of log 2, so that softmax takes powers of 2
+  const Vec scale = set1(args.scale * 1.44269504088896341f);
   with_type(args.query_dtype, [&](auto t) {
     const auto* query = static_cast<const decltype(t)*>(args.query);
-    for (int64_t r = 0; r < rows; ++r) {
-      for_vectors(head_dim, [&](int64_t i, int lanes) {
+    for (int64_t r = 0; r < args.rows; ++r) {
+      for_vectors(args.head_dim, [&](int64_t i, int lanes) {
         store(s.query + r * s.ld + i, mul(load_lanes(query + r * args.query_stride + i, lanes), scale));
       });
     }
   });
-  for (int64_t i = 0; i < kGroup * s.ld; ++i) s.values[i] = 0.0f;
+}
 
+// one split of the tile: partial, partial_max and partial_sum of the rows that see a token of begin..begin + kSplit
+template <typename T>
+void attention_split(const AttentionArgs& args, const AttentionScratch& s, int64_t begin) {
+  constexpr bool kScaled = sizeof(T) == 1;
+  const int64_t head_dim = args.head_dim, rows = args.rows, block_size = args.block_size;
   const int64_t end = args.first_position + rows;
-  for (int64_t begin = 0; begin < end; begin += kSplit) {
-    const int64_t split_end = begin + kSplit < end ? begin + kSplit : end;
-    // rows whose position lies before p take no part
-    const auto first_row = [&](int64_t p) { return p > args.first_position ? p - args.first_position : 0; };
+  const int64_t split_end = begin + kSplit < end ? begin + kSplit : end;
+  const T* key_cache = static_cast<const T*>(args.key);
+  const T* value_cache = static_cast<const T*>(args.value);
+  const int64_t block_rows = args.block_stride / head_dim;
+  const auto row_offset = [&](int64_t position) {
+    return args.block_table[position / block_size] * block_rows + position % block_size;
+  };
+  // rows whose position lies before p take no part
+  const auto first_row = [&](int64_t p) { return p > args.first_position ? p - args.first_position : 0; };
 
-    // groups lie anywhere in memory, so each is fetched while the one before it is worked on
-    for (int64_t p = begin, n; p < split_end; p += n) {
-      n = group_tokens(p, args.block_size, split_end);
-      prefetch_group(p + n < split_end ? key_cache + offset(p + n) : value_cache + offset(begin), n * head_dim);
-      transpose_keys(key_cache + offset(p), n, head_dim, s.keys);
-      float* scores = s.scores + (p - begin);
-      int64_t r = first_row(p);
+  // groups lie anywhere in memory, so they are fetched before they are needed: keys, then values, then the next split's
+  // keys. With few rows there is little to compute in the meantime, so further ahead.
+  const int64_t ahead = rows < kAttentionRows ? kFewRowsAhead : kGroup;
+  const auto fetch = [&](const T* cache, const float* scales, int64_t p) {
+    const char* bytes = reinterpret_cast<const char*>(cache + row_offset(p) * head_dim);
+    for (int64_t i = 0; i < kGroup * head_dim * static_cast<int64_t>(sizeof(T)); i += 64) prefetch_l2(bytes + i);
+    if constexpr (kScaled) prefetch_l2(scales + row_offset(p));
+  };
+  const auto fetch_after_keys = [&](int64_t p) {
+    if (p < split_end) return fetch(key_cache, args.key_scales, p);
+    p -= split_end - begin;
+    if (p < split_end) fetch(value_cache, args.value_scales, p);
+  };
+  const auto fetch_after_values = [&](int64_t p) {
+    if (p < split_end) return fetch(value_cache, args.value_scales, p);
+    if (p < end) fetch(key_cache, args.key_scales, p);
+  };
+
+  if (begin == 0 || args.split >= 0) {
+    for (int64_t p = begin; p < split_end && p < begin + ahead; p += kGroup) fetch(key_cache, args.key_scales, p);
+  }
+
+  // one row takes whole groups as they lie in the cache, beyond the last token too: those scores are not looked at
+  const bool in_place = s.ld == head_dim && block_size % kGroup == 0;
+  for (int64_t p = begin, n; p < split_end; p += n) {
+    n = group_tokens(p, block_size, split_end);
+    fetch_after_keys(p + ahead);
+    const T* keys = key_cache + row_offset(p) * head_dim;
+    float* scores = s.scores + (p - begin);
+    int64_t r = first_row(p);
+    if (in_place && rows - r == 1) {
+      score_one_row(s.query + r * s.ld, keys, head_dim, scores + r * kScoreStride);
+    } else {
+      transpose_keys(keys, n, head_dim, s.keys);
       for (; r + kAttentionRows <= rows; r += kAttentionRows) {
         score_rows<kAttentionRows>(s.query + r * s.ld, s.ld, s.keys, head_dim, scores + r * kScoreStride);
       }
@@ -249,70 +345,88 @@ void attention_tile(const AttentionArgs& args) {
         score_rows<1>(s.query + r * s.ld, s.ld, s.keys, head_dim, scores + r * kScoreStride);
       }
     }
-
-    for (int64_t r = first_row(begin); r < rows; ++r) {
-      const int64_t position = args.first_position + r;
-      const int64_t visible = (position + 1 < split_end ? position + 1 : split_end) - begin;
-      s.partial_sum[r] = softmax_row(s.scores + r * kScoreStride, visible, s.partial_max[r]);
-      float* partial = s.partial + r * s.ld;
-      for (int64_t d = 0; d < s.ld; d += kLanes) store(partial + d, zero());
-    }
-
-    for (int64_t p = begin, n; p < split_end; p += n) {
-      n = group_tokens(p, args.block_size, split_end);
-      if (p + n < split_end) {
-        prefetch_group(value_cache + offset(p + n), n * head_dim);
-      } else if (p + n < end) {
-        prefetch_group(key_cache + offset(p + n), n * head_dim);
-      }
-      const float* values = s.values;
-      int64_t value_stride = s.ld;
-      if (values_in_place) {
-        values = reinterpret_cast<const float*>(value_cache + offset(p));
-      } else {
-        for (int64_t t = 0; t < n; ++t)
-          convert_row(value_cache + offset(p) + t * head_dim, head_dim, s.values + t * s.ld);
-      }
-      const float* weights = s.scores + (p - begin);
-      int64_t r = first_row(p);
-      // rows that see only a part of the group go alone: what they must not see may be anything, NaN included
-      for (; r < rows && args.first_position + r < p + n - 1; ++r) {
-        add_values_rows<1>(weights + r * kScoreStride, values, value_stride, args.first_position + r + 1 - p, s.ld,
-                           s.partial + r * s.ld);
-      }
-      for (; r + kAttentionRows <= rows; r += kAttentionRows) {
-        add_values_rows<kAttentionRows>(weights + r * kScoreStride, values, value_stride, n, s.ld,
-                                        s.partial + r * s.ld);
-      }
-      for (; r < rows; ++r) {
-        add_values_rows<1>(weights + r * kScoreStride, values, value_stride, n, s.ld, s.partial + r * s.ld);
-      }
-    }
-
-    for (int64_t r = first_row(begin); r < rows; ++r) {
-      if (begin == 0) {
-        s.total_max[r] = s.partial_max[r];
-        s.total_sum[r] = s.partial_sum[r];
-        for (int64_t d = 0; d < s.ld; d += kLanes) store(s.total + r * s.ld + d, load(s.partial + r * s.ld + d));
-      } else {
-        merge_row(s, r);
-      }
+    if constexpr (kScaled) {
+      const float* scales = args.key_scales + row_offset(p);
+      for (r = first_row(p); r < rows; ++r) scale_scores(scores + r * kScoreStride, scales, n);
     }
   }
 
-  with_type(args.out_dtype, [&](auto t) {
-    auto* out = static_cast<decltype(t)*>(args.out);
-    for (int64_t r = 0; r < rows; ++r) {
-      const Vec inverse = set1(1.0f / s.total_sum[r]);
-      for_vectors(head_dim, [&](int64_t i, int lanes) {
-        store_lanes(out + r * args.out_stride + i, mul(load(s.total + r * s.ld + i), inverse), lanes);
-      });
+  for (int64_t r = first_row(begin); r < rows; ++r) {
+    const int64_t position = args.first_position + r;
+    const int64_t visible = (position + 1 < split_end ? position + 1 : split_end) - begin;
+    s.partial_sum[r] = softmax_row(s.scores + r * kScoreStride, visible, s.partial_max[r]);
+    float* partial = s.partial + r * s.ld;
+    for (int64_t d = 0; d < s.ld; d += kLanes) store(partial + d, zero());
+  }
+
+  for (int64_t p = begin, n; p < split_end; p += n) {
+    n = group_tokens(p, block_size, split_end);
+    fetch_after_values(p + ahead);
+    const int64_t r = first_row(p);
+    float* weights = s.scores + (p - begin);
+    if constexpr (kScaled) {
+      const float* scales = args.value_scales + row_offset(p);
+      for (int64_t i = r; i < rows; ++i) scale_scores(weights + i * kScoreStride, scales, n);
     }
-  });
+    const T* values = value_cache + row_offset(p) * head_dim;
+    if (s.ld == head_dim && (std::is_same_v<T, float> || rows - r == 1)) {
+      add_group(weights, values, head_dim, n, p - args.first_position, r, rows, s);
+    } else {
+      for (int64_t t = 0; t < n; ++t) convert_row(values + t * head_dim, head_dim, s.values + t * s.ld);
+      add_group(weights, s.values, s.ld, n, p - args.first_position, r, rows, s);
+    }
+  }
+}
+
+// all splits of the tile, merged, or the one that is asked for, which goes to memory
+template <typename T>
+void attention_tile(const AttentionArgs& args) {
+  AttentionScratch s = attention_scratch(args.scratch, args.head_dim);
+  load_queries(args, s);
+  for (int64_t i = 0; i < kGroup * s.ld; ++i) s.values[i] = 0.0f;
+  if (args.split >= 0) {
+    const AttentionPartial out = attention_partial(args, args.split);
+    s.partial = out.rows;
+    s.partial_max = out.max;
+    s.partial_sum = out.sum;
+    attention_split<T>(args, s, args.split * kSplit);
+    return;
+  }
+  const int64_t end = args.first_position + args.rows;
+  for (int64_t begin = 0; begin < end; begin += kSplit) {
+    attention_split<T>(args, s, begin);
+    for (int64_t r = begin > args.first_position ? begin - args.first_position : 0; r < args.rows; ++r) {
+      float* total = s.total + r * s.ld;
+      const float* partial = s.partial + r * s.ld;
+      if (begin == 0) {
+        s.total_max[r] = s.partial_max[r];
+        s.total_sum[r] = s.partial_sum[r];
+        std::memcpy(total, partial, static_cast<size_t>(s.ld) * sizeof(float));
+      } else {
+        merge_row(total, s.total_max[r], s.total_sum[r], partial, s.partial_max[r], s.partial_sum[r], s.ld);
+      }
+    }
+  }
+  for (int64_t r = 0; r < args.rows; ++r) write_row(args, r, s.total + r * s.ld, s.total_sum[r]);
 }
 
 void attention(const AttentionArgs& args) {
-  with_type(args.cache_dtype, [&](auto t) { attention_tile<decltype(t)>(args); });
+  with_cache_type(args.cache_dtype, [&](auto t) { attention_tile<decltype(t)>(args); });
+}
+
+// the splits of a tile that lie in memory, merged in their order
+void attention_merge(const AttentionArgs& args) {
+  const int64_t ld = attention_row_floats(args.head_dim);
+  for (int64_t r = 0; r < args.rows; ++r) {
+    const AttentionPartial first_split = attention_partial(args, 0);
+    float* total = first_split.rows + r * ld;
+    float max = first_split.max[r], sum = first_split.sum[r];
+    for (int64_t split = 1; split * kSplit <= args.first_position + r; ++split) {
+      const AttentionPartial next = attention_partial(args, split);
+      merge_row(total, max, sum, next.rows + r * ld, next.max[r], next.sum[r], ld);
+    }
+    write_row(args, r, total, sum);
+  }
 }
 
 }  // namespace

