@@ -136,13 +136,44 @@ def linear_residual_ref(x: Tensor, weight: Tensor, bias: Tensor | None, residual
     return (residual.to(dtype) + y).to(x.dtype)
 
 
-def write_kv_ref(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+def quantize_heads_ref(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys or values as an int8 cache holds them: one symmetric scale for each token and head.
+
+    ``scale = max|x| / 127``, ``code = round_half_even(x * (127 / max|x|))``; a head whose largest element is below
+    1e-30 is zero. A head with NaN or infinity has the scale NaN, so that it spoils what attends to it.
+
+    Args:
+        x: [..., D].
+
+    Returns:
+        (codes [..., D] int8, scales [...] float32); ``x`` is about ``codes * scales``.
+    """
+    wide = x.float()
+    finite = wide.isfinite().all(dim=-1)
+    amax = wide.abs().amax(dim=-1)
+    some = finite & (amax >= 1e-30)
+    factor = torch.where(some, 127.0 / amax, 0.0)
+    codes = torch.round(torch.where(some[..., None], wide, 0.0) * factor[..., None])
+    scales = torch.where(some, amax / 127.0, 0.0)
+    return codes.to(torch.int8), torch.where(finite, scales, math.nan)
+
+
+def write_kv_ref(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> None:
     """Write each token's key and value to its slot of the paged cache, in place; slot -1 is skipped.
 
     Args:
         key, value: [T, H, D].
-        key_cache, value_cache: [num_blocks, H, block_size, D], written in place.
+        key_cache, value_cache: [num_blocks, H, block_size, D], written in place; int8: :func:`quantize_heads_ref`.
         slot_mapping: [T], int64; no slot but -1 may occur twice.
+        key_scales, value_scales: [num_blocks, H, block_size] float32, written in place: of an int8 cache, else None.
 
     Raises:
         IndexError: a slot is below -1 or not below ``num_blocks * block_size``; nothing is written then.
@@ -158,8 +189,11 @@ def write_kv_ref(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Ten
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
     blocks, offsets = slots // block_size, slots % block_size
-    key_cache[blocks, :, offsets] = key[kept].to(key_cache.dtype)
-    value_cache[blocks, :, offsets] = value[kept].to(value_cache.dtype)
+    for x, cache, scales in ((key, key_cache, key_scales), (value, value_cache, value_scales)):
+        if scales is None:
+            cache[blocks, :, offsets] = x[kept].to(cache.dtype)
+        else:
+            cache[blocks, :, offsets], scales[blocks, :, offsets] = quantize_heads_ref(x[kept])
 
 
 def paged_prefill_attention_ref(
@@ -171,6 +205,8 @@ def paged_prefill_attention_ref(
     query_start_loc: Tensor,
     max_query_len: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ragged queries over the paged cache.
 
@@ -185,6 +221,8 @@ def paged_prefill_attention_ref(
         query_start_loc: [S + 1], int32, prefix sums of the query lengths; a query length may be 0.
         max_query_len: the largest query length (a bound is enough).
         scale: factor of the scores.
+        key_scales, value_scales: [num_blocks, H, block_size] float32 of an int8 cache, whose keys and values are codes
+            times scale; else None.
 
     Returns:
         [T, H, D], contiguous, dtype of ``query``.
@@ -208,7 +246,8 @@ def paged_prefill_attention_ref(
                 f"{min(length, max_query_len)} (seq_len {length}, max_query_len {max_query_len})"
             )
         if last > first:
-            k, v = (_gather("paged_prefill_attention", c, block_table, s, length) for c in (key_cache, value_cache))
+            k = _gather("paged_prefill_attention", key_cache, key_scales, block_table, s, length)
+            v = _gather("paged_prefill_attention", value_cache, value_scales, block_table, s, length)
             out[first:last] = _attend(query[first:last], k, v, scale)
     return out
 
@@ -221,6 +260,8 @@ def paged_decode_attention_ref(
     seq_lens: Tensor,
     max_seq_len: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query a sequence, at position ``seq_lens[s] - 1``, over the paged cache.
 
@@ -231,6 +272,8 @@ def paged_decode_attention_ref(
         seq_lens: [S], int32, tokens in the cache after this step; 0 marks a padding row.
         max_seq_len: the largest of ``seq_lens`` (a bound is enough).
         scale: factor of the scores.
+        key_scales, value_scales: [num_blocks, H, block_size] float32 of an int8 cache, whose keys and values are codes
+            times scale; else None.
 
     Returns:
         [S, H, D], contiguous, dtype of ``query``; zeros where ``seq_lens`` is 0.
@@ -246,7 +289,8 @@ def paged_decode_attention_ref(
                 f"paged_decode_attention: seq_lens[{s}] is {length}, expected 0 to max_seq_len {max_seq_len}"
             )
         if length:
-            k, v = (_gather("paged_decode_attention", c, block_table, s, length) for c in (key_cache, value_cache))
+            k = _gather("paged_decode_attention", key_cache, key_scales, block_table, s, length)
+            v = _gather("paged_decode_attention", value_cache, value_scales, block_table, s, length)
             out[s] = _attend(query[s : s + 1], k, v, scale)[0]
     return out
 
@@ -263,7 +307,7 @@ def _check_ids(name: str, ids: Tensor, table: str, num_rows: int) -> None:
         )
 
 
-def _gather(op: str, cache: Tensor, block_table: Tensor, sequence: int, length: int) -> Tensor:
+def _gather(op: str, cache: Tensor, scales: Tensor | None, block_table: Tensor, sequence: int, length: int) -> Tensor:
     """The first ``length`` tokens of a sequence, out of its blocks: [H, length, D]."""
     num_blocks, n_head, block_size, head_dim = cache.shape
     used = -(-length // block_size)
@@ -278,7 +322,10 @@ def _gather(op: str, cache: Tensor, block_table: Tensor, sequence: int, length: 
         raise IndexError(
             f"{op}: block_table of sequence {sequence} holds {low if low < 0 else high}, expected 0 to {num_blocks - 1}"
         )
-    return cache[blocks].transpose(0, 1).reshape(n_head, used * block_size, head_dim)[:, :length]
+    tokens = cache[blocks]
+    if scales is not None:
+        tokens = tokens.float() * scales[blocks][..., None]
+    return tokens.transpose(0, 1).reshape(n_head, used * block_size, head_dim)[:, :length]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -6,10 +6,17 @@ arXiv:2309.06180, section 4.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from gpt2rt.ops import write_kv
+from gpt2rt.ops.arena import allocate_arena
+
 from .block_pool import BlockPool
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 class PagedKVCache:
@@ -21,16 +28,20 @@ class PagedKVCache:
         head_dim: width of one head.
         num_blocks: blocks in the pool.
         block_size: tokens in a block.
-        dtype: storage dtype: float32, float16 or bfloat16.
+        dtype: storage dtype: float32, float16, bfloat16, or int8, which runs on the CPU: a quarter of float32 and one
+            float32 scale for each token and head (``gpt2rt.kernels.refs.quantize_heads_ref``).
         device: where the tensors live.
 
     Attributes:
         data: [n_layer, 2, num_blocks, n_head, block_size, head_dim]; index 0 of the second dimension holds keys,
-            1 values.
+            1 values. On a CPU it lies on 2 MiB pages where the system gives them.
+        scales: [n_layer, 2, num_blocks, n_head, block_size] float32 for int8, else None.
         pool: which blocks are in use.
 
     Raises:
         ValueError: a size is not positive.
+        TypeError: another dtype.
+        OSError: the system has not that much memory (CPU).
     """
 
     def __init__(
@@ -49,10 +60,15 @@ class PagedKVCache:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if block_size < 8 or block_size & (block_size - 1):
             raise ValueError(f"block_size must be a power of two >= 8, got {block_size}; use 16, the default")
+        if dtype not in _DTYPES:
+            raise TypeError(f"a KV cache cannot be {dtype}; choose float32, float16, bfloat16 or int8")
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         # unwritten slots are never read: attention stops at each sequence's length
-        self.data = torch.empty((n_layer, 2, num_blocks, n_head, block_size, head_dim), dtype=dtype, device=device)
+        self.data = _uninitialized((n_layer, 2, num_blocks, n_head, block_size, head_dim), dtype, device)
+        self.scales: Tensor | None = None
+        if dtype == torch.int8:
+            self.scales = _uninitialized((n_layer, 2, num_blocks, n_head, block_size), torch.float32, device)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that a sequence of ``num_tokens`` tokens occupies."""
@@ -66,9 +82,51 @@ class PagedKVCache:
         """[num_blocks, n_head, block_size, head_dim], a view."""
         return self.data[layer, 1]
 
+    def key_scales(self, layer: int) -> Tensor | None:
+        """[num_blocks, n_head, block_size] float32, a view; None unless the cache is int8."""
+        return None if self.scales is None else self.scales[layer, 0]
+
+    def value_scales(self, layer: int) -> Tensor | None:
+        """[num_blocks, n_head, block_size] float32, a view; None unless the cache is int8."""
+        return None if self.scales is None else self.scales[layer, 1]
+
+    def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Put tokens of one layer into their slots; arguments and errors as those of ``gpt2rt.ops.write_kv``."""
+        scales = self.key_scales(layer), self.value_scales(layer)
+        write_kv(key, value, self.key_cache(layer), self.value_cache(layer), slots, *scales)
+
+    def read(self, blocks: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+        """Keys and values of sequences of one length, out of their blocks.
+
+        Args:
+            blocks: [num_seqs, blocks_for(length)] integers on the cache's device: their block tables.
+            length: tokens of each.
+            dtype: of the result.
+
+        Returns:
+            [n_layer, 2, num_seqs, n_head, length, head_dim], a new tensor.
+        """
+        tokens = self.data[:, :, blocks]  # [n_layer, 2, num_seqs, blocks, n_head, block_size, head_dim]
+        if self.scales is not None:
+            tokens = tokens.float() * self.scales[:, :, blocks][..., None]
+        return tokens.transpose(3, 4).flatten(4, 5)[..., :length, :].to(dtype)
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy all layers of one block over another."""
+        for part in (self.data, self.scales):
+            if part is not None:
+                part[:, :, target].copy_(part[:, :, source])
+
     def __repr__(self) -> str:
-        megabytes = self.data.numel() * self.data.element_size() / 1e6
+        parts = [part for part in (self.data, self.scales) if part is not None]
+        megabytes = sum(part.numel() * part.element_size() for part in parts) / 1e6
         return f"PagedKVCache({self.pool!r}, block_size={self.block_size}, {self.data.dtype}, {megabytes:.1f} MB)"
+
+
+def _uninitialized(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    if torch.device(device).type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return allocate_arena(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 class Sequence:
@@ -117,7 +175,7 @@ class Sequence:
         new = pool.allocate(missing + copy_tail) if missing + copy_tail > 0 else []
         if copy_tail:
             tail = new.pop(0)
-            self.cache.data[:, :, tail].copy_(self.cache.data[:, :, self.blocks[-1]])
+            self.cache.copy_block(self.blocks[-1], tail)
             pool.free([self.blocks[-1]])
             self.blocks[-1] = tail
         if num_tokens:

@@ -73,6 +73,12 @@ def command(
     prompt_lookup: Annotated[
         int | None, typer.Option(help="Propose up to this many tokens from the text so far; the text stays the same.")
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What keys and values are stored in: float32, bfloat16, float16 or int8.", show_default="the model's"
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any field of GenerationConfig, as NAME=VALUE; repeatable.")
     ] = None,
@@ -92,7 +98,11 @@ def command(
 
     text = _read_prompt(prompt)
     fields: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
-    named = {"context_policy": context_policy, "prompt_lookup_num_tokens": prompt_lookup}
+    named = {
+        "context_policy": context_policy,
+        "prompt_lookup_num_tokens": prompt_lookup,
+        "kv_cache_dtype": kv_cache_dtype,
+    }
     fields |= {name: value for name, value in named.items() if value is not None}
     if num_beams != 1:
         fields["num_beams"] = num_beams

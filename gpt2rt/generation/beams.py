@@ -387,7 +387,7 @@ class BeamDecoder:
                 self.origins.append(beam.origins)
         if plan.output_past:
             columns = cache_columns(plan, plan.num_beams, len(self.moves) - 1)
-            self.past = read_sequences(self.cached.sequences, columns, self.cache)
+            self.past = read_sequences(self.cached.sequences, columns, self.cache, plan.executor.plan.dtype)
 
 
 def _check_best(highest: list[float], live: list[BeamSearch]) -> None:
@@ -425,4 +425,5 @@ def _make_cache(plan: DecodePlan) -> PagedKVCache:
         num_blocks,
         f"{len(plan.prompts)} prompts with num_beams={plan.num_beams}",
         "ask for fewer beams or fewer new tokens",
+        plan.kv_cache_dtype,
     )

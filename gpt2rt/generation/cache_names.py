@@ -3,13 +3,18 @@
 There is one cache, the paged one, and it is reserved in full before the first token: what transformers calls dynamic,
 static or paged differs in speed and in when memory runs out, never in numbers, so all three names mean it. "paged"
 returns [num_rows, length] like the others; transformers adds a leading dimension of 1 there.
+
+"quantized" is the paged cache in int8, like ``kv_cache_dtype="int8"``. transformers' settings of its quantized caches
+describe other schemes, so of ``cache_config`` only ``{"nbits": 8}`` is taken.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from gpt2rt.errors import RequestError
 
@@ -23,7 +28,6 @@ _REASONS = {
     "offloaded_static": "keys and values are not moved between devices; the model must fit with its cache",
     "offloaded_hybrid": "keys and values are not moved between devices; the model must fit with its cache",
     "offloaded_hybrid_chunked": "keys and values are not moved between devices; the model must fit with its cache",
-    "quantized": "keys and values are kept in the model's dtype",
 }
 
 
@@ -42,8 +46,10 @@ def check_cache(config: GenerationConfig, past_key_values: Any) -> None:
         raise RequestError(
             f"generate does not support cache_implementation={name!r}: {_REASONS[name]}; use 'dynamic' or leave it out"
         )
-    if name is not None and name not in _PAGED:
-        raise RequestError(f"cache_implementation={name!r} is no cache; choose one of {', '.join(_PAGED[:3])}")
+    if name not in (None, "quantized", *_PAGED):
+        raise RequestError(
+            f"cache_implementation={name!r} is no cache; choose one of {', '.join(_PAGED[:3])}, quantized"
+        )
     if name is not None and past_key_values is not None:
         raise RequestError("cache_implementation and past_key_values were both given; they both say which cache to use")
     if config.max_cache_len is not None and name != "static":
@@ -68,3 +74,51 @@ def check_cache_length(config: GenerationConfig, lengths: Sequence[int]) -> None
             f"max_cache_len={most}, but a row may need {max(lengths) - 1} places in the cache; raise it, or ask for "
             "fewer new tokens"
         )
+
+
+def kv_cache_dtype(config: GenerationConfig, device: torch.device) -> torch.dtype | None:
+    """What keys and values are stored in; None: the model's dtype.
+
+    Args:
+        config: of the call.
+        device: of the model.
+
+    Raises:
+        RequestError: the settings contradict each other, ask for another scheme than int8, or for what the device
+            lacks.
+    """
+    name = config.get("kv_cache_dtype")
+    if config.cache_implementation == "quantized":
+        _check_quantized(config.cache_config)
+        if name not in ("auto", "int8"):
+            raise RequestError(
+                f"cache_implementation='quantized' stores keys and values in int8, but kv_cache_dtype is {name!r}; "
+                "leave one of them out"
+            )
+        name = "int8"
+    if name == "auto":
+        return None
+    if device.type != "cpu":
+        raise RequestError(
+            f"kv_cache_dtype={name!r} runs on the CPU only so far, and the model is on {device}; leave it out there"
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _check_quantized(cache_config: Any) -> None:
+    """Refuse settings of transformers' quantized caches that ask for something else than 8 bits."""
+    settings = {} if cache_config is None else cache_config
+    if not isinstance(settings, Mapping):
+        settings = settings.to_dict()
+    for name, value in settings.items():
+        if name != "nbits":
+            raise RequestError(
+                f"generate does not support cache_config with {name}={value!r}: a quantized cache is int8 here, with "
+                "one scale for each token and head; pass {'nbits': 8} or leave cache_config out"
+            )
+        if value != 8 or isinstance(value, bool):
+            raise RequestError(
+                f"generate does not support cache_config with nbits={value!r}: a quantized cache has 8 bits; pass "
+                "{'nbits': 8} or leave cache_config out"
+            )

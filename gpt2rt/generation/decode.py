@@ -108,6 +108,7 @@ class DecodePlan:
         length_penalty, early_stopping: see :class:`BeamSearch`.
         remove_invalid_values: NaN and infinity in the logits are no error, for a processor takes them out.
         output_past: return keys and values.
+        kv_cache_dtype: what keys and values are stored in; None: the model's dtype.
     """
 
     executor: Executor
@@ -138,6 +139,7 @@ class DecodePlan:
     early_stopping: bool | str = False
     remove_invalid_values: bool = False
     output_past: bool = False
+    kv_cache_dtype: torch.dtype | None = None
 
     @property
     def num_rows(self) -> int:
@@ -218,10 +220,11 @@ def make_cache(plan: DecodePlan, model: Plan | None = None) -> PagedKVCache:
         num_blocks,
         f"{len(plan.prompts)} prompts with num_return_sequences={plan.num_return_sequences}",
         "ask for fewer or shorter rows",
+        plan.kv_cache_dtype,
     )
 
 
-def new_cache(model: Plan, num_blocks: int, who: str, remedy: str) -> PagedKVCache:
+def new_cache(model: Plan, num_blocks: int, who: str, remedy: str, dtype: torch.dtype | None = None) -> PagedKVCache:
     """A cache of so many blocks for a model.
 
     Args:
@@ -229,11 +232,15 @@ def new_cache(model: Plan, num_blocks: int, who: str, remedy: str) -> PagedKVCac
         num_blocks: blocks of 16 tokens.
         who: what needs it, for the message.
         remedy: what to do if it is too large, for the message.
+        dtype: what they are stored in; None: the model's dtype.
 
     Raises:
         RequestError: it would not fit into this machine's memory.
     """
-    num_bytes = num_blocks * BLOCK_SIZE * model.n_layer * 2 * model.n_head * model.head_dim * model.dtype.itemsize
+    dtype = dtype or model.dtype
+    # an int8 head has a scale of 4 bytes
+    head_bytes = model.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+    num_bytes = num_blocks * BLOCK_SIZE * model.n_layer * 2 * model.n_head * head_bytes
     memory = _memory_bytes(model.device)
     if num_bytes > memory:
         raise RequestError(
@@ -246,7 +253,7 @@ def new_cache(model: Plan, num_blocks: int, who: str, remedy: str) -> PagedKVCac
         model.head_dim,
         num_blocks,
         block_size=BLOCK_SIZE,
-        dtype=model.dtype,
+        dtype=dtype,
         device=model.device,
     )
 

@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "use_cache": True,
     "cache_implementation": None,
     "cache_config": None,
+    "kv_cache_dtype": "auto",
     "max_cache_len": None,
     "prefill_chunk_size": None,
     "low_memory": False,
@@ -122,8 +123,9 @@ MEANINGS: dict[str, str] = {
     "num_return_sequences": "Continuations of each prompt; more than one needs sampling or as many beams.",
     "seed": "Makes sampling repeatable; gpt2rt's own.",
     "use_cache": "False recomputes the whole row for every token.",
-    "cache_implementation": "Accepted names all mean the paged cache; offloaded and quantized ones are refused.",
-    "cache_config": "Without effect: it holds settings of quantized caches, and those are refused.",
+    "cache_implementation": "All mean the paged cache, 'quantized' in int8; offloaded ones are refused.",
+    "cache_config": "With 'quantized': {'nbits': 8}, or None for the same; other settings are refused.",
+    "kv_cache_dtype": "What keys and values are stored in: 'auto', the model's dtype, or a name; gpt2rt's own.",
     "max_cache_len": "The most tokens of a row in the cache, with cache_implementation='static'.",
     "prefill_chunk_size": "The most tokens of a prompt in one step; the numbers do not change.",
     "low_memory": "Without effect: beams share blocks, so there is nothing to save.",
@@ -179,7 +181,7 @@ FIELD_STATUS: dict[str, tuple[str, str]] = {
 }
 
 #: fields of gpt2rt that transformers does not have
-OWN_FIELDS = ("seed", "context_policy", "context_stride")
+OWN_FIELDS = ("seed", "context_policy", "context_stride", "kv_cache_dtype")
 
 #: all fields
 FIELDS = (*DEFAULTS, *UNSUPPORTED)

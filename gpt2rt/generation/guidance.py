@@ -23,6 +23,7 @@ from gpt2rt.cache import PagedKVCache, Sequence
 from gpt2rt.errors import RequestError
 from gpt2rt.graph import Executor
 
+from .cache_names import kv_cache_dtype
 from .config import GenerationConfig
 from .decode import new_cache
 from .processors import LogitsProcessor
@@ -58,6 +59,7 @@ class GuidanceProcessor(LogitsProcessor):
         num_rows: int,
         max_new_tokens: int | None = None,
         use_cache: bool = True,
+        kv_cache_dtype: torch.dtype | None = None,
     ) -> None:
         if prompts is not None and num_rows % len(prompts):
             raise RequestError(
@@ -80,6 +82,7 @@ class GuidanceProcessor(LogitsProcessor):
         self._num_rows = num_rows
         self._max_tokens = n_positions if max_new_tokens is None else needed
         self._use_cache = use_cache
+        self._kv_cache_dtype = kv_cache_dtype
         self._cache: PagedKVCache | None = None
         self._capacity = 0
         # by the tokens they hold
@@ -162,6 +165,7 @@ class GuidanceProcessor(LogitsProcessor):
                 self._capacity * -(-self._max_tokens // BLOCK_SIZE),
                 f"the unconditional branches of {self._capacity} rows",
                 "ask for fewer or shorter rows",
+                self._kv_cache_dtype,
             )
         return self._cache
 
@@ -213,6 +217,7 @@ def make_guidance(
         num_rows=num_rows,
         max_new_tokens=max_new_tokens,
         use_cache=config.get("use_cache"),
+        kv_cache_dtype=kv_cache_dtype(config, executor.plan.device),
     )
 
 
@@ -275,6 +280,7 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
         unconditional_ids: Tensor | None = None,
         unconditional_attention_mask: Tensor | None = None,
         use_cache: bool = True,
+        kv_cache_dtype: torch.dtype | None = None,
     ) -> None:
         if not hasattr(model, "build_graph"):
             raise TypeError(
@@ -284,6 +290,7 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
         self.guidance_scale = guidance_scale
         self.model = model
         self._use_cache = use_cache
+        self._kv_cache_dtype = kv_cache_dtype
         self._prompts: list[list[int]] | None = None
         if unconditional_ids is not None:
             vocab_size = model.config.vocab_size

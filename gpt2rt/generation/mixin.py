@@ -193,6 +193,10 @@ class GenerationMixin:
                 "`num_beams` is set to 1."
             )
         if custom_generate is not None:
+            if plan.kv_cache_dtype is not None:
+                raise RequestError(
+                    "custom_generate fills a cache of its own, in the model's dtype; leave kv_cache_dtype out"
+                )
             cache = self.cache_class(()) if past_key_values is None else past_key_values
             return call_custom(self, custom_generate, plan, config, own, cache, kwargs.get("tokenizer"))
         decoder = make_decoder(plan)

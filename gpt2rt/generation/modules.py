@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2rt import ops
 from gpt2rt.cache import PagedKVCache
 from gpt2rt.errors import RequestError
 from gpt2rt.graph import Plan, StepBatch, StepOutput
@@ -106,9 +105,9 @@ class ModuleExecutor:
             wanted: the columns whose logits are asked for.
         """
         blocks = batch.block_table[sequences, : cache.blocks_for(past_len)].long()
+        # (keys, values) of each layer, [num_seqs, n_head, past_len, head_dim]
         past = model.cache_class(
-            tuple(_gather(paged(layer), blocks, past_len) for paged in (cache.key_cache, cache.value_cache))
-            for layer in range(self.plan.n_layer if past_len else 0)
+            tuple(pair) for pair in (cache.read(blocks, past_len, model.dtype) if past_len else ())
         )
         output = model(
             input_ids=batch.input_ids[rows],
@@ -122,10 +121,5 @@ class ModuleExecutor:
         slots = batch.slot_mapping[rows].reshape(-1)
         for layer, (keys, values) in enumerate(output.past_key_values):
             new_keys, new_values = (x[:, :, past_len:].transpose(1, 2).flatten(0, 1) for x in (keys, values))
-            ops.write_kv(new_keys, new_values, cache.key_cache(layer), cache.value_cache(layer), slots)
+            cache.write(layer, new_keys, new_values, slots)
         return output.logits[:, : len(wanted)].float()
-
-
-def _gather(paged: Tensor, blocks: Tensor, length: int) -> Tensor:
-    """[num_seqs, n_head, length, head_dim] of a layer's blocks [num_blocks, n_head, block_size, head_dim]."""
-    return paged[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length]

@@ -61,4 +61,5 @@ def read_rows(plan: DecodePlan, cached: CachedRows, rows: Sequence[Row]) -> Laye
             tokens.append(missing)
     if behind:
         cached.compute(tokens, behind)
-    return read_sequences(cached.sequences, cache_columns(plan, plan.num_return_sequences, longest - 1), cached.cache)
+    columns = cache_columns(plan, plan.num_return_sequences, longest - 1)
+    return read_sequences(cached.sequences, columns, cached.cache, plan.executor.plan.dtype)

@@ -13,7 +13,7 @@ import torch
 from gpt2rt.errors import RequestError
 from gpt2rt.graph import Executor
 
-from .cache_names import check_cache, check_cache_length
+from .cache_names import check_cache, check_cache_length, kv_cache_dtype
 from .config import DEFAULTS, FIELDS, GenerationConfig
 from .context import LONG_PROMPTS, fit_prompts, row_limits, sliding_stride
 from .continuation import Given, check_position_ids, read_call, with_token_types
@@ -241,6 +241,7 @@ def make_plan(
     _check_ids(config, explicit, vocab_size)
     # an end token of a foreign checkpoint can never be drawn
     eos = [token for token in as_list(config.eos_token_id) if token < vocab_size]
+    cache_dtype = kv_cache_dtype(config, model.device)
     executor = executor_for(model)
     rows_per_prompt = max(config.get("num_beams"), config.get("num_return_sequences"))
     prompts, given = _read(model, executor, named if inputs is None else inputs, config, call, rows_per_prompt)
@@ -323,6 +324,7 @@ def make_plan(
         remove_invalid_values=config.get("remove_invalid_values"),
         # neither the windows of rows that slide nor the ends of prompts that were cut belong to the ids returned
         output_past=(returns_dict or caller_cache) and use_cache and stride is None and whole,
+        kv_cache_dtype=cache_dtype,
     )
     if given is not None:
         # the first work of the call: everything has been checked

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2rt import ops
 from gpt2rt.cache import PagedKVCache, Sequence
 from gpt2rt.errors import RequestError
 from gpt2rt.graph import Executor, Plan, StepBatch
@@ -71,32 +70,32 @@ def write_start(start: Start, sequence: Sequence) -> None:
     cache = sequence.cache
     slots = torch.tensor(sequence.append(start.length), dtype=torch.int64, device=cache.data.device)
     for layer, (keys, values) in enumerate(start.pairs):
-        ops.write_kv(
-            keys.transpose(0, 1), values.transpose(0, 1), cache.key_cache(layer), cache.value_cache(layer), slots
-        )
+        cache.write(layer, keys.transpose(0, 1), values.transpose(0, 1), slots)
 
 
-def read_sequences(sequences: ListLike[Sequence | None], columns: Tensor, cache: PagedKVCache) -> LayerPairs:
+def read_sequences(
+    sequences: ListLike[Sequence | None], columns: Tensor, cache: PagedKVCache, dtype: torch.dtype
+) -> LayerPairs:
     """The keys and values of rows, out of the paged cache.
 
     Args:
         sequences: one for each row; None leaves the row 0.
         columns: [num_rows, width] bool on CPU: where a row's tokens go, at least as many as it has. The rest is 0.
         cache: where they live.
+        dtype: the model's, which its forward wants.
 
     Returns:
         Of each layer, keys and values [num_rows, n_head, width, head_dim].
     """
     n_layer, _, _, n_head, _, head_dim = cache.data.shape
     rows, width = columns.shape
-    result = cache.data.new_zeros((n_layer, 2, rows, n_head, width, head_dim))
+    result = cache.data.new_zeros((n_layer, 2, rows, n_head, width, head_dim), dtype=dtype)
     for row, sequence in enumerate(sequences):
         if sequence is None or not sequence.length:
             continue
         places = columns[row].nonzero().flatten()[: sequence.length].to(cache.data.device)
-        blocks = cache.data[:, :, torch.tensor(sequence.blocks, device=cache.data.device)]
-        # [n_layer, 2, n_head, blocks * block_size, head_dim]
-        tokens = blocks.transpose(2, 3).flatten(3, 4)[:, :, :, : sequence.length]
+        blocks = torch.tensor([sequence.blocks], device=cache.data.device)
+        tokens = cache.read(blocks, sequence.length, dtype)[:, :, 0]
         result[:, :, row].index_copy_(3, places, tokens)
     return [(layer[0], layer[1]) for layer in result]
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from gpt2rt import ops
 from gpt2rt.cache import PagedKVCache
+from gpt2rt.ops.arena import allocate_arena
 from gpt2rt.quantization import QuantizedWeight
 
-from .arena import allocate_arena
 from .batch import StepBatch, StepOutput
 from .executor import check_step
 from .plan import (
@@ -365,5 +365,6 @@ class CpuExecutor:
             hidden,
             self.num_threads,
             times,
+            cache.scales,
         )
         return StepOutput(logits if self._has_head else None, hidden if return_hidden else None)

@@ -47,7 +47,8 @@ class EagerExecutor:
 
         Args:
             batch: the tokens, on the plan's device.
-            cache: where their keys and values go, and those before them are read; dtype and device of the plan.
+            cache: where their keys and values go, and those before them are read; on the plan's device, on CUDA also of
+                its dtype.
             return_hidden: also return the rows after the final norm.
 
         Returns:
@@ -139,16 +140,15 @@ class _Step:
         qkv = _linear(self._normed(node.norm), node.linear)
         heads = qkv.view(qkv.size(0), 3, plan.n_head, plan.head_dim)
         self.query, key, value = heads.unbind(1)
-        ops.write_kv(
-            key, value, self.cache.key_cache(node.layer), self.cache.value_cache(node.layer), self.batch.slot_mapping
-        )
+        self.cache.write(node.layer, key, value, self.batch.slot_mapping)
 
     def _attention(self, node: Attention) -> Tensor:
         batch = self.batch
         caches = self.cache.key_cache(node.layer), self.cache.value_cache(node.layer)
+        scales = self.cache.key_scales(node.layer), self.cache.value_scales(node.layer)
         if batch.max_query_len == 1:
             return ops.paged_decode_attention(
-                self.query, *caches, batch.block_table, batch.seq_lens, batch.max_seq_len, node.scale
+                self.query, *caches, batch.block_table, batch.seq_lens, batch.max_seq_len, node.scale, *scales
             )
         return ops.paged_prefill_attention(
             self.query,
@@ -158,6 +158,7 @@ class _Step:
             batch.query_start_loc,
             batch.max_query_len,
             node.scale,
+            *scales,
         )
 
     def _activated(self, node: NormLinearAct) -> Tensor:

@@ -37,7 +37,7 @@ def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:
 
 
 def check_index(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
-    """``x`` is a contiguous integer tensor of this shape and dtype on the device of ``like``."""
+    """``x`` is a contiguous tensor of this shape and dtype on the device of ``like``."""
     if tuple(x.shape) != shape:
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {list(shape)}")
     if x.dtype != dtype:
@@ -47,15 +47,42 @@ def check_index(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: to
     check_device(op, name, x, like)
 
 
-def check_caches(op: str, key_cache: Tensor, value_cache: Tensor, n_head: int, head_dim: int, like: Tensor) -> None:
-    """Both caches are contiguous [num_blocks, n_head, block_size, head_dim] in the dtype of ``like``."""
+def check_caches(
+    op: str,
+    caches: tuple[Tensor, Tensor],
+    scales: tuple[Tensor | None, Tensor | None],
+    n_head: int,
+    head_dim: int,
+    like: Tensor,
+) -> None:
+    """Keys and values are contiguous [num_blocks, n_head, block_size, head_dim] on the device of ``like``.
+
+    Their dtype is any that keys can be stored in on a CPU, that of ``like`` on CUDA; int8 has ``scales`` [num_blocks,
+    n_head, block_size].
+    """
+    key_cache, value_cache = caches
     if key_cache.dim() != 4 or key_cache.size(1) != n_head or key_cache.size(3) != head_dim:
         raise ValueError(
             f"{op}: key_cache has shape {list(key_cache.shape)}, "
             f"expected [num_blocks, {n_head}, block_size, {head_dim}]"
         )
-    check_like(op, "key_cache", key_cache, tuple(key_cache.shape), like)
+    if key_cache.dtype not in (*STORAGE_DTYPES, torch.int8):
+        raise TypeError(f"{op}: key_cache has dtype {key_cache.dtype}, expected float32, float16, bfloat16 or int8")
+    check_device(op, "key_cache", key_cache, like)
+    if like.is_cuda and key_cache.dtype != like.dtype:
+        raise TypeError(
+            f"{op}: key_cache has dtype {key_cache.dtype}, expected {like.dtype}: on CUDA keys and values are stored "
+            "in the dtype of the model"
+        )
     check_like(op, "value_cache", value_cache, tuple(key_cache.shape), key_cache)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if not cache.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, got strides {list(cache.stride())}")
+    for name, scale in zip(("key_scales", "value_scales"), scales, strict=True):
+        if (scale is not None) != (key_cache.dtype == torch.int8):
+            raise ValueError(
+                f"{op}: {name} {'is missing' if scale is None else 'was given'}, but the cache is {key_cache.dtype}; "
+                "an int8 cache has scales, no other does"
+            )
+        if scale is not None:
+            check_index(op, name, scale, tuple(key_cache.shape[:3]), torch.float32, like)

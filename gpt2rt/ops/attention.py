@@ -87,16 +87,28 @@ def _check_heads(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: the last dimension of {name} must be contiguous, got stride {x.stride(2)}")
 
 
-def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+def write_kv(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> None:
     """Copy each token's key and value to its slot of the paged cache.
 
     Args:
         key: [num_tokens, n_head, head_dim], float32, float16 or bfloat16; last dimension contiguous, so views into
             the QKV matrix are fine.
         value: likewise.
-        key_cache: [num_blocks, n_head, block_size, head_dim], dtype and device of ``key``; changed in place.
+        key_cache: [num_blocks, n_head, block_size, head_dim], device of ``key``; changed in place. On a CPU any of
+            ``key``'s dtypes, or int8, where each token and head has a scale of its own (``quantize_heads_ref``); on
+            CUDA the dtype of ``key``.
         value_cache: likewise.
         slot_mapping: [num_tokens] int64, ``block_id * block_size + offset``; -1 skips the token (padding).
+        key_scales: [num_blocks, n_head, block_size] float32 of an int8 cache, changed in place; else None.
+        value_scales: likewise.
 
     Raises:
         ValueError, TypeError: a shape, stride, dtype or device does not fit.
@@ -106,16 +118,21 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     _check_heads("write_kv", "value", value)
     if value.shape != key.shape:
         raise ValueError(f"write_kv: value has shape {list(value.shape)}, expected {list(key.shape)}, that of key")
-    check_caches("write_kv", key_cache, value_cache, key.size(1), key.size(2), key)
+    check_caches("write_kv", (key_cache, value_cache), (key_scales, value_scales), key.size(1), key.size(2), key)
     check_index("write_kv", "slot_mapping", slot_mapping, (key.size(0),), torch.int64, key)
-    _write_kv(key, value, key_cache, value_cache, slot_mapping)
+    _write_kv(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales)
 
 
 def _check_paged(
-    op: str, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, seq_lens: Tensor
+    op: str,
+    query: Tensor,
+    caches: tuple[Tensor, Tensor],
+    scales: tuple[Tensor | None, Tensor | None],
+    block_table: Tensor,
+    seq_lens: Tensor,
 ) -> None:
     _check_heads(op, "query", query)
-    check_caches(op, key_cache, value_cache, query.size(1), query.size(2), query)
+    check_caches(op, caches, scales, query.size(1), query.size(2), query)
     if block_table.dim() != 2:
         raise ValueError(f"{op}: block_table must be [num_seqs, max_blocks_per_seq], got {list(block_table.shape)}")
     check_index(op, "block_table", block_table, tuple(block_table.shape), torch.int32, query)
@@ -131,6 +148,8 @@ def paged_prefill_attention(
     query_start_loc: Tensor,
     max_query_len: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ragged rows of queries over the paged cache; prefix hits and chunks included.
 
@@ -140,7 +159,7 @@ def paged_prefill_attention(
 
     Args:
         query: [num_tokens, n_head, head_dim], float32, float16 or bfloat16; last dimension contiguous.
-        key_cache: [num_blocks, n_head, block_size, head_dim], dtype of ``query``.
+        key_cache: [num_blocks, n_head, block_size, head_dim], dtypes as for :func:`write_kv`.
         value_cache: likewise.
         block_table: [num_seqs, max_blocks_per_seq] int32, logical to physical; entries past a sequence's end are
             never read.
@@ -148,6 +167,8 @@ def paged_prefill_attention(
         query_start_loc: [num_seqs + 1] int32, prefix sums of the query lengths; a length of 0 is fine.
         max_query_len: the largest query length.
         scale: multiplies the query before the dot product, 1/sqrt(head_dim) in GPT-2.
+        key_scales: [num_blocks, n_head, block_size] float32 of an int8 cache; else None.
+        value_scales: likewise.
 
     Returns:
         [num_tokens, n_head, head_dim], contiguous, dtype of ``query``; scores and softmax in float32.
@@ -156,12 +177,23 @@ def paged_prefill_attention(
         ValueError, TypeError: a shape, stride, dtype or device does not fit.
         IndexError: a block id that is used lies outside the cache (CPU).
     """
-    _check_paged("paged_prefill_attention", query, key_cache, value_cache, block_table, seq_lens)
+    _check_paged(
+        "paged_prefill_attention", query, (key_cache, value_cache), (key_scales, value_scales), block_table, seq_lens
+    )
     check_index(
         "paged_prefill_attention", "query_start_loc", query_start_loc, (block_table.size(0) + 1,), torch.int32, query
     )
     return _paged_prefill_attention(
-        query, key_cache, value_cache, block_table, seq_lens, query_start_loc, max_query_len, scale
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        max_query_len,
+        scale,
+        key_scales,
+        value_scales,
     )
 
 
@@ -173,6 +205,8 @@ def paged_decode_attention(
     seq_lens: Tensor,
     max_seq_len: int,
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token a sequence over the paged cache, split over positions (split-KV).
 
@@ -182,12 +216,14 @@ def paged_decode_attention(
 
     Args:
         query: [num_seqs, n_head, head_dim], float32, float16 or bfloat16, the token at ``seq_lens[s] - 1``.
-        key_cache: [num_blocks, n_head, block_size, head_dim], dtype of ``query``.
+        key_cache: [num_blocks, n_head, block_size, head_dim], dtypes as for :func:`write_kv`.
         value_cache: likewise.
         block_table: [num_seqs, max_blocks_per_seq] int32.
         seq_lens: [num_seqs] int32; 0 marks a padding row, whose result is zero.
         max_seq_len: the largest of ``seq_lens``.
         scale: multiplies the query before the dot product.
+        key_scales: [num_blocks, n_head, block_size] float32 of an int8 cache; else None.
+        value_scales: likewise.
 
     Returns:
         [num_seqs, n_head, head_dim], contiguous, dtype of ``query``.
@@ -196,10 +232,14 @@ def paged_decode_attention(
         ValueError, TypeError: a shape, stride, dtype or device does not fit.
         IndexError: a block id that is used lies outside the cache (CPU).
     """
-    _check_paged("paged_decode_attention", query, key_cache, value_cache, block_table, seq_lens)
+    _check_paged(
+        "paged_decode_attention", query, (key_cache, value_cache), (key_scales, value_scales), block_table, seq_lens
+    )
     if query.size(0) != block_table.size(0):
         raise ValueError(
             f"paged_decode_attention: query has {query.size(0)} rows for {block_table.size(0)} sequences; expected one "
             "each, use paged_prefill_attention for more"
         )
-    return _paged_decode_attention(query, key_cache, value_cache, block_table, seq_lens, max_seq_len, scale)
+    return _paged_decode_attention(
+        query, key_cache, value_cache, block_table, seq_lens, max_seq_len, scale, key_scales, value_scales
+    )

@@ -88,7 +88,11 @@ def run(executor, cache, prompts, chunk=None, sequences=None):
 def test_logits_equal_transformers(name, case, hf):
     # four times the published initialisation: attention is far from uniform, logits stay of order one
     model = new_model(std=0.08, **CASES[case])
-    theirs = hf.copy_of(model)
+    # in float64: in float32 their own error is as large as the bound
+    theirs = hf.copy_of(model).double()
+    for block in theirs.transformer.h:
+        # it insists on float32
+        block.attn.reorder_and_upcast_attn = False
     executor = make_executor(new_plan(model), name)
     prompts = [random_ids(model, 21, 1), random_ids(model, 1, 2), random_ids(model, 40, 3)]
     for ids, logits in zip(prompts, run(executor, new_cache(model), prompts), strict=True):

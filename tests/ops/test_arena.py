@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from gpt2rt.graph.arena import allocate_arena
+from gpt2rt.ops.arena import allocate_arena
 
 
 @pytest.mark.parametrize("num_bytes", [1, 63, 4096, 2 * 1024 * 1024 - 1, 2 * 1024 * 1024, 5_000_001])

@@ -1,4 +1,4 @@
-"""One block of memory for all packed weights."""
+"""Large blocks of memory: packed weights, scratch memory, KV caches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _HUGE_PAGE = 2 * 1024 * 1024
 def allocate_arena(num_bytes: int) -> Tensor:
     """Uninitialised memory on 2 MiB pages where the system gives them.
 
-    Weights are read once a step from end to end; over 4 KiB pages the address translation halves that speed.
+    Weights, keys and values are read once a step; over 4 KiB pages the address translation costs up to half of that
+    speed.
 
     Args:
         num_bytes: size, at least 1.
