@@ -64,6 +64,17 @@ static constexpr int64_t attention_partial_floats(int64_t rows, int64_t head_dim
   return rows * (attention_row_floats(head_dim) + 2);
 }
 
+
+// scores of a sampler in blocks of this many
+constexpr int64_t kScoreBlock = 64;
+
+// what the temperature does to a score: (score - shift) / divisor
+struct Temper {
+  bool active;
+  float shift;
+  float divisor;
+};
+
 struct Kernels {
   const char* name;
   // y = (x - mean) / sqrt(var + eps) * w + b over n elements; y may be x
@@ -95,6 +106,12 @@ struct Kernels {
   // out from partials, which holds every split of the tile; destroys them
   void (*attention_merge)(const AttentionArgs& args);
   int64_t (*attention_scratch_floats)(int64_t head_dim);
+  // maxima[b] = largest of scores[64 b] .. of n; false if there is a NaN or +infinity, or with `finite` -infinity too
+  bool (*block_maxima)(const float* scores, int64_t n, bool finite, float* maxima);
+  // weights[i] = exp(tempered score - maximum) in units of 2^-42 (kernels/sampling.h); maximum: of the tempered scores
+  void (*score_weights)(const float* scores, int64_t n, const Temper& temper, float maximum, int64_t* weights);
+  // sums[b] = sum of the weights of block b
+  void (*block_weight_sums)(const float* scores, int64_t n, const Temper& temper, float maximum, int64_t* sums);
 };
 
 extern const Kernels kKernelsPortable;

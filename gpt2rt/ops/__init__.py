@@ -8,13 +8,17 @@ from .embedding import embedding
 from .linear import PANEL, linear, linear_gelu_new, linear_residual, pack_linear, packed_linear_bytes
 from .norm import add_layer_norm, layer_norm
 from .quantized import has_kernel, pack_quantized, packed_quantized_bytes, quantized_linear
+from .sampling import MAX_SCORES, WEIGHT_UNIT, argmax, sample, sampling_weights
 from .step import CPU_ISAS, cpu_isa, cpu_step, cpu_step_workspace_bytes
 
 __all__ = [
     "CPU_ISAS",
+    "MAX_SCORES",
     "PANEL",
+    "WEIGHT_UNIT",
     "ExtensionStatus",
     "add_layer_norm",
+    "argmax",
     "bias_gelu_new",
     "block_pool_allocate",
     "block_pool_free",
@@ -38,6 +42,8 @@ __all__ = [
     "paged_decode_attention",
     "paged_prefill_attention",
     "quantized_linear",
+    "sample",
+    "sampling_weights",
     "write_kv",
 ]
 

@@ -60,7 +60,17 @@ def step_cases():
     yield OPS.cpu_step, tuple(model.arguments(batch, hidden=True).values())
 
 
-CASES = [*row_cases(), *cache_cases(), *quantized_cases(), *pool_cases(), *step_cases()]
+def sampling_cases():
+    scores, uniforms = torch.randn(3, 40), torch.rand(3, dtype=torch.float64)
+    yield OPS.argmax, (scores, True)
+    yield OPS.sampling_weights, (torch.randn(3, 50)[:, :40],)
+    yield OPS.sample, (scores, uniforms, None, None, None, None, None, False, False)
+    shares = torch.full((3,), 0.9, dtype=torch.float64)
+    ids = torch.arange(40).flip(0).repeat(3, 1)
+    yield OPS.sample, (scores, uniforms, shares, torch.tensor([1, 5, 0]), shares, shares / 10, ids, True, True)
+
+
+CASES = [*row_cases(), *sampling_cases(), *cache_cases(), *quantized_cases(), *pool_cases(), *step_cases()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case[0]).removeprefix("gpt2rt."))

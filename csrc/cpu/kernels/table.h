@@ -17,6 +17,7 @@
 #include "gemm.h"
 #include "kv_cache.h"
 #include "attention.h"
+#include "sampling.h"
 
 #define GPT2RT_KERNEL_TABLE(isa_name)                                   \
   {                                                                     \
@@ -36,4 +37,7 @@
       .attention = GPT2RT_ISA::attention,                               \
       .attention_merge = GPT2RT_ISA::attention_merge,                   \
       .attention_scratch_floats = GPT2RT_ISA::attention_scratch_floats, \
+      .block_maxima = GPT2RT_ISA::block_maxima,                         \
+      .score_weights = GPT2RT_ISA::score_weights,                       \
+      .block_weight_sums = GPT2RT_ISA::block_weight_sums,               \
   }
