@@ -4,6 +4,7 @@
 // five: norm + QKV + write to the cache | attention | projection + residual | norm + fc + activation | projection +
 // residual. Rows that a weight wants normed, in bfloat16 or in int8 are prepared first: with few rows by every thread
 // for itself (the same numbers), which is cheaper than a barrier, else in a phase of their own.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include "../cpu/linear.h"
 #include "../cpu/paged_attention.h"
 #include "../cpu/thread_pool.h"
+#include "head.h"
 #include "plan.h"
 
 namespace gpt2rt {
@@ -48,7 +50,17 @@ struct Cache {
 };
 
 // the codes are those of the profile (gpt2rt.graph.cpu)
-enum class PhaseKind { kEmbed, kRows, kNormInPlace, kLinear, kAttention, kHeadRows, kHeadLinear, kWriteCache };
+enum class PhaseKind {
+  kEmbed,
+  kRows,
+  kNormInPlace,
+  kLinear,
+  kAttention,
+  kHeadRows,
+  kHeadLinear,
+  kWriteCache,
+  kHeadTop
+};
 
 struct Phase {
   PhaseKind kind;
@@ -83,7 +95,8 @@ class Profile {
 class Step {
  public:
   Step(const Kernels& kernels, const Plan& plan, const Batch& batch, const Cache& cache, const WorkspaceLayout& layout,
-       float* workspace, const Tables& tables, float* logits, float* hidden, Profile* profile, int num_threads)
+       float* workspace, const Tables& tables, float* logits, HeadSelection* top, float* hidden, Profile* profile,
+       int num_threads)
       : k_(kernels),
         plan_(plan),
         batch_(batch),
@@ -96,6 +109,7 @@ class Step {
         head_rows_(reinterpret_cast<char*>(workspace + layout.head)),
         tables_(tables),
         logits_(logits),
+        top_(top),
         hidden_(hidden),
         profile_(profile),
         num_threads_(num_threads) {
@@ -119,6 +133,7 @@ class Step {
   bool own_rows() const { return batch_.num_tokens <= kOwnRows; }
   // with a hidden tensor the rows are stored anyway
   bool own_head_rows() const { return batch_.num_logits <= kOwnRows && hidden_ == nullptr; }
+  bool wants_head() const { return logits_ != nullptr || top_ != nullptr; }
 
   void build_phases() {
     int64_t buf_width = 0;
@@ -148,10 +163,11 @@ class Step {
           phases_.push_back({PhaseKind::kNormInPlace, &node, 0});
           break;
         case Opcode::kHead:
-          if (hidden_ != nullptr || (logits_ != nullptr && !own_head_rows())) {
+          if (hidden_ != nullptr || (wants_head() && !own_head_rows())) {
             phases_.push_back({PhaseKind::kHeadRows, &node, 0});
           }
-          if (logits_ != nullptr) phases_.push_back({PhaseKind::kHeadLinear, &node, 0});
+          if (wants_head()) phases_.push_back({PhaseKind::kHeadLinear, &node, 0});
+          if (top_ != nullptr) phases_.push_back({PhaseKind::kHeadTop, &node, 0});
           break;
       }
     }
@@ -178,6 +194,10 @@ class Step {
                                  thread_scratch_floats(plan_.n_embd));
       case PhaseKind::kHeadLinear:
         return head_linear(node, counter, thread, threads);
+      case PhaseKind::kHeadTop: {
+        const Range rows = thread_range(batch_.num_logits, thread, threads);
+        return top_->finish(rows.begin, rows.end, threads);
+      }
     }
   }
 
@@ -243,7 +263,7 @@ class Step {
       } else {
         std::memcpy(normed, x_ + row * layout_.x_stride, static_cast<size_t>(n) * sizeof(float));
       }
-      if (logits_ != nullptr) k_.prepare_row(node.weight, normed, out + r * head_bytes());
+      if (wants_head()) k_.prepare_row(node.weight, normed, out + r * head_bytes());
     }
   }
 
@@ -354,13 +374,39 @@ class Step {
     args.ldx = head_bytes();
     args.y = logits_;
     args.ldy = node.weight.n * 4;
+    const int64_t tile_floats = top_ != nullptr ? batch_.num_logits * top_columns() : 0;
+    const int64_t own_floats = own_head_rows() ? batch_.num_logits * layout_.head_stride : 0;
+    float* tile = thread_scratch_floats(tile_floats + own_floats + plan_.n_embd);
     if (own_head_rows()) {
-      float* scratch = thread_scratch_floats(batch_.num_logits * layout_.head_stride + plan_.n_embd);
-      char* own = reinterpret_cast<char*>(scratch);
-      prepare_head_rows(node, {0, batch_.num_logits}, own, scratch + batch_.num_logits * layout_.head_stride);
+      // each row is a whole number of cache lines, so everything stays aligned
+      char* own = reinterpret_cast<char*>(tile + tile_floats);
+      prepare_head_rows(node, {0, batch_.num_logits}, own, tile + tile_floats + own_floats);
       args.x = own;
     }
+    if (top_ != nullptr) return head_top(args, tile, thread, threads);
     gemm_part(k_, args, thread, threads, counter, [](int64_t, int64_t, int64_t, int64_t) {});
+  }
+
+  // columns of a tile of logits: a good part of the L1 cache for few rows, one panel for many
+  int64_t top_columns() const {
+    return kPanel * std::clamp(128 / (batch_.num_logits + 1), int64_t{1}, HeadSelection::kMaxColumns / kPanel);
+  }
+
+  // the head for a contiguous range of panels; logits live in the tile only, while they are looked at
+  void head_top(GemmArgs args, float* tile, int thread, int threads) const {
+    const int64_t columns = top_columns(), n = args.weight.n;
+    const Range range = thread_range(num_panels(n), thread, threads);
+    args.ldy = columns * 4;
+    for (int64_t panel = range.begin; panel < range.end; panel = args.panel_end) {
+      args.panel_begin = panel;
+      args.panel_end = panel + columns / kPanel < range.end ? panel + columns / kPanel : range.end;
+      const int64_t begin = panel * kPanel, end = args.panel_end * kPanel < n ? args.panel_end * kPanel : n;
+      // the kernel writes column c of a row to y[c]
+      args.y =
+          reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(tile) - static_cast<uintptr_t>(begin) * sizeof(float));
+      gemm(k_, args);
+      top_->add(thread, tile, columns, begin, end);
+    }
   }
 
   const Kernels& k_;
@@ -375,6 +421,7 @@ class Step {
   char* head_rows_;
   const Tables& tables_;
   float* logits_;
+  HeadSelection* top_;
   float* hidden_;
   Profile* profile_;
   int num_threads_;
@@ -485,7 +532,8 @@ void cpu_step(const Tensor& plan_rows, const Tensor& arena, const Tensor& wte, c
               const Tensor& seq_lens, const Tensor& block_table, const Tensor& slot_mapping,
               const Tensor& logits_indices, const Tensor& kv_cache, const Tensor& workspace, const Tensor& logits,
               const Tensor& hidden, int64_t num_threads, const std::optional<Tensor>& times,
-              const std::optional<Tensor>& kv_scales) {
+              const std::optional<Tensor>& kv_scales, const std::optional<Tensor>& top_ids,
+              const std::optional<Tensor>& top_logits) {
   const Plan plan = read_plan(kOp, plan_rows, &arena);
   const int threads = resolve_num_threads(num_threads);
   const Node& embed = plan.nodes.front();
@@ -541,6 +589,9 @@ void cpu_step(const Tensor& plan_rows, const Tensor& arena, const Tensor& wte, c
   float* hidden_out = check_result("hidden", hidden, num_logits, plan.n_embd);
   GPT2RT_CHECK(logits_out == nullptr || has_head, kOp, ": logits has ", logits.size(0),
                " rows, but the plan has no head; pass [0, V]");
+  const TopOutput top = check_top(kOp, top_ids, top_logits, num_logits, has_head ? plan.head->weight.n : 0);
+  GPT2RT_CHECK(top.count == 0 || logits_out == nullptr, kOp,
+               ": both logits and top_ids are wanted; pass logits [0, V]");
   GPT2RT_CHECK(hidden_out == nullptr || plan.head != nullptr, kOp, ": hidden has ", hidden.size(0),
                " rows, but the plan has no HEAD; pass [0, E]");
 
@@ -555,8 +606,10 @@ void cpu_step(const Tensor& plan_rows, const Tensor& arena, const Tensor& wte, c
   float* floats = reinterpret_cast<float*>((start + 63) / 64 * 64);
 
   Profile profile;
-  Step step(kernels(), plan, batch, cache, layout, floats, tables, logits_out, hidden_out,
-            times.has_value() ? &profile : nullptr, threads);
+  std::optional<HeadSelection> selection;
+  if (top.count > 0 && num_logits > 0) selection.emplace(kernels(), top, num_logits, threads);
+  Step step(kernels(), plan, batch, cache, layout, floats, tables, logits_out,
+            selection.has_value() ? &*selection : nullptr, hidden_out, times.has_value() ? &profile : nullptr, threads);
   if (times.has_value()) check_times(*times, step.phases().size());
   step.run();
   if (times.has_value()) write_times(*times, plan, step.phases(), profile);

@@ -99,9 +99,14 @@ class StepOutput:
     """Result of one step.
 
     Attributes:
-        logits: [num_logits, vocab_size] float32, or None if the plan has no head.
+        logits: [num_logits, vocab_size] float32, or None if the plan has no head, or only the best were asked for.
         hidden: [num_logits, n_embd] float32, the rows after the final norm, or None unless asked for.
+        top_ids: [num_logits, k] int64, the tokens with the best logits, the best first, of equal ones the lowest id; -1
+            in a row whose logits are not all finite. None unless asked for.
+        top_logits: [num_logits, k] float32, their logits, NaN in such a row; likewise.
     """
 
     logits: Tensor | None
     hidden: Tensor | None
+    top_ids: Tensor | None = None
+    top_logits: Tensor | None = None

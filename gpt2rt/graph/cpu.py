@@ -44,7 +44,7 @@ _FIELDS = 16
 _EMBED, _NORM_QKV, _ATTENTION, _LINEAR_RESIDUAL, _NORM_LINEAR_ACT, _NORM, _HEAD = range(7)
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT8, _INT4, _CODE4 = 3, 4, 5
-_PHASES = ("embed", "rows", "norm", "linear", "attention", "head rows", "head", "cache")
+_PHASES = ("embed", "rows", "norm", "linear", "attention", "head rows", "head", "cache", "head top")
 _ACTIVATION_CODES = {
     "linear": 0,
     "gelu_new": 1,
@@ -61,6 +61,9 @@ _ACTIVATION_CODES = {
 
 
 ARITHMETICS = ("fast", "exact")
+
+#: what a step returns of the logits: all, the largest of each row, or the k largest
+HeadMode = str | tuple[str, int]
 
 
 def unsupported(plan: Plan) -> str:
@@ -106,8 +109,8 @@ class Phase:
 
     Attributes:
         node: index of its node in the plan.
-        name: "embed", "rows" (norm, rounding or quantisation of many rows), "norm", "linear", "attention", "head rows"
-            or "head".
+        name: "embed", "rows" (norm, rounding or quantisation of many rows), "norm", "linear", "attention", "head rows",
+            "head" or "head top" (the threads' best logits become one list).
         seconds: how long it took, the barrier after it included.
     """
 
@@ -310,25 +313,45 @@ class CpuExecutor:
             workspace = self._scratch.workspace = allocate_arena(num_bytes + num_bytes // 4)
         return workspace
 
-    def step(self, batch: StepBatch, cache: PagedKVCache, *, return_hidden: bool = False) -> StepOutput:
+    def step(
+        self, batch: StepBatch, cache: PagedKVCache, *, return_hidden: bool = False, head: HeadMode = "logits"
+    ) -> StepOutput:
         """Run one step.
+
+        A step can be run again on the same batch: it writes the same keys and values to the same slots.
 
         Args:
             batch: the tokens.
             cache: where their keys and values go, and those before them are read.
             return_hidden: also return the rows after the final norm.
+            head: "logits": all of them. "argmax" or ("topk", k): only the best, or the k best, of each row, found while
+                they are computed, so that the others are never stored.
 
         Returns:
-            Logits (and hidden rows) of ``batch.logits_indices``, float32.
+            Logits, or the best of them (and hidden rows) of ``batch.logits_indices``, float32.
 
         Raises:
-            ValueError: the batch or the cache does not fit the plan.
+            ValueError: the batch or the cache does not fit the plan, or ``head`` is none of these.
             IndexError: an id, position, slot or block lies outside its table; nothing was written.
         """
         check_step(self.plan, batch, cache)
-        return self._run(batch, cache, return_hidden, None)
+        return self._run(batch, cache, return_hidden, None, self._top_count(head))
 
-    def profile(self, batch: StepBatch, cache: PagedKVCache) -> list[Phase]:
+    def _top_count(self, head: HeadMode) -> int:
+        """How many of the best logits a head gives; 0: all logits, in their order."""
+        if head == "logits":
+            return 0
+        if not self._has_head:
+            raise ValueError(f"head={head!r}, but the plan has no output layer; leave it out")
+        if head == "argmax":
+            return 1
+        most = min(ops.MAX_TOP, self.plan.vocab_size)
+        name, count = head if isinstance(head, tuple) and len(head) == 2 else (head, 0)
+        if name != "topk" or not isinstance(count, int) or not 1 <= count <= most:
+            raise ValueError(f'head must be "logits", "argmax" or ("topk", k) with k from 1 to {most}, got {head!r}')
+        return count
+
+    def profile(self, batch: StepBatch, cache: PagedKVCache, *, head: HeadMode = "logits") -> list[Phase]:
         """Run one step as :meth:`step` does, and tell how long each of its phases took.
 
         The clock of the calling thread is read at the start of each phase, which costs about 50 ns.
@@ -339,13 +362,18 @@ class CpuExecutor:
         check_step(self.plan, batch, cache)
         # a node has at most two phases
         times = torch.empty((2 * len(self.plan.nodes), 3), dtype=torch.float64)
-        self._run(batch, cache, False, times)
+        self._run(batch, cache, False, times, self._top_count(head))
         return [Phase(int(node), _PHASES[int(kind)], s) for node, kind, s in times.tolist() if node >= 0]
 
-    def _run(self, batch: StepBatch, cache: PagedKVCache, return_hidden: bool, times: Tensor | None) -> StepOutput:
+    def _run(
+        self, batch: StepBatch, cache: PagedKVCache, return_hidden: bool, times: Tensor | None, top: int
+    ) -> StepOutput:
         num_tokens, num_logits = batch.input_ids.numel(), batch.logits_indices.numel()
         workspace = self._workspace(ops.cpu_step_workspace_bytes(self._table, num_tokens, num_logits))
-        logits = torch.empty((num_logits if self._has_head else 0, self.plan.vocab_size), dtype=torch.float32)
+        wants_logits = self._has_head and not top
+        logits = torch.empty((num_logits if wants_logits else 0, self.plan.vocab_size), dtype=torch.float32)
+        top_ids = torch.empty((num_logits, top), dtype=torch.int64) if top else None
+        top_logits = torch.empty((num_logits, top), dtype=torch.float32) if top else None
         hidden = torch.empty((num_logits if return_hidden else 0, self.plan.n_embd), dtype=torch.float32)
         ops.cpu_step(
             self._table,
@@ -366,5 +394,9 @@ class CpuExecutor:
             self.num_threads,
             times,
             cache.scales,
+            top_ids,
+            top_logits,
         )
-        return StepOutput(logits if self._has_head else None, hidden if return_hidden else None)
+        return StepOutput(
+            logits if wants_logits else None, hidden if return_hidden else None, top_ids=top_ids, top_logits=top_logits
+        )

@@ -9,11 +9,12 @@ from .linear import PANEL, linear, linear_gelu_new, linear_residual, pack_linear
 from .norm import add_layer_norm, layer_norm
 from .quantized import has_kernel, pack_quantized, packed_quantized_bytes, quantized_linear
 from .sampling import MAX_SCORES, WEIGHT_UNIT, argmax, sample, sampling_weights
-from .step import CPU_ISAS, cpu_isa, cpu_step, cpu_step_workspace_bytes
+from .step import CPU_ISAS, MAX_TOP, cpu_isa, cpu_step, cpu_step_workspace_bytes
 
 __all__ = [
     "CPU_ISAS",
     "MAX_SCORES",
+    "MAX_TOP",
     "PANEL",
     "WEIGHT_UNIT",
     "ExtensionStatus",

@@ -29,6 +29,8 @@ def _cpu_step_fake(
     num_threads: int,
     times: Tensor | None = None,
     kv_scales: Tensor | None = None,
+    top_ids: Tensor | None = None,
+    top_logits: Tensor | None = None,
 ) -> None:
     return None
 
@@ -37,13 +39,18 @@ def _no_trace(*args):
     raise NotImplementedError("this op's result is a host value and cannot be traced; call it outside torch.compile")
 
 
-#: the raw op; arguments as in its schema. It checks every index and offset before any work.
+#: the most columns of ``top_ids``
+MAX_TOP = 512
+
+#: the raw op; arguments as in its schema. With ``top_ids`` and ``top_logits`` [num_logits, k] it writes the k best of
+#: each row, the largest logit first and of equal ones the lowest id, in place of ``logits``, which must be [0, V] then;
+#: a row whose logits are not all finite has ids -1. It checks every index and offset before any work.
 cpu_step = define(
     "cpu_step",
     "(Tensor plan, Tensor arena, Tensor wte, Tensor wpe, Tensor input_ids, Tensor position_ids, "
     "Tensor query_start_loc, Tensor seq_lens, Tensor block_table, Tensor slot_mapping, Tensor logits_indices, "
     "Tensor(a!) kv_cache, Tensor(b!) workspace, Tensor(c!) logits, Tensor(d!) hidden, int num_threads, "
-    "Tensor(e!)? times=None, Tensor(f!)? kv_scales=None) -> ()",
+    "Tensor(e!)? times=None, Tensor(f!)? kv_scales=None, Tensor(g!)? top_ids=None, Tensor(h!)? top_logits=None) -> ()",
     reference=None,
     fake=_cpu_step_fake,
 )

@@ -58,6 +58,8 @@ def step_cases():
     model = StepModel(Config(n_layer=1))
     batch = model.batch([([1, 2, 3], 0)], [[5]])
     yield OPS.cpu_step, tuple(model.arguments(batch, hidden=True).values())
+    best = {"logits": torch.empty(0, 97), "top_ids": torch.empty(3, 2).long(), "top_logits": torch.empty(3, 2)}
+    yield OPS.cpu_step, tuple((model.arguments(batch) | {"times": None} | best).values())
 
 
 def sampling_cases():
