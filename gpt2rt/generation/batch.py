@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ListLike
 from typing import Any
 
@@ -11,8 +12,25 @@ from torch import Tensor
 
 from gpt2rt.cache import PagedKVCache, Sequence
 from gpt2rt.graph import Executor, StepBatch
+from gpt2rt.graph.cpu import CpuExecutor
 
 from .starts import Starts, compute, prefill
+
+
+@dataclasses.dataclass
+class Best:
+    """The best logits of the rows of a step.
+
+    Attributes:
+        ids: [num_rows, count] int64, the tokens, the best first, of equal ones the lowest id; -1 in a row whose logits
+            are not all finite.
+        logits: [num_rows, count] float32, theirs.
+        all_logits: computes [num_rows, vocab_size] float32, the logits of all tokens, before the next step.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    all_logits: Callable[[], Tensor]
 
 
 class DecodeBatch:
@@ -181,13 +199,26 @@ class CachedRows:
 
     def next(self, tokens: ListLike[int], rows: list[int]) -> Tensor:
         """[len(rows), vocab_size]: compute one further token of each of some rows."""
+        return self._step(self._next_batch(tokens, rows))
+
+    def next_best(self, tokens: ListLike[int], rows: list[int], count: int) -> Best:
+        """As :meth:`next`, but only the best logits of each row; the executor must be a :class:`CpuExecutor`."""
+        assert isinstance(self.executor, CpuExecutor)
+        batch = self._next_batch(tokens, rows)
+        found = self.executor.step(batch, self.cache, head=("topk", count))
+        assert found.top_ids is not None
+        assert found.top_logits is not None
+        # a step writes the same keys and values again
+        return Best(found.top_ids, found.top_logits, lambda: self._step(batch))
+
+    def _next_batch(self, tokens: ListLike[int], rows: list[int]) -> StepBatch:
         if self._batch is None:
             max_blocks = self.cache.blocks_for(max(self._max_tokens))
             self._batch = DecodeBatch(len(self.sequences), max_blocks, self._device)
         if self._batch_rows != rows:
             self._batch.set_sequences([self.sequence(row) for row in rows])
             self._batch_rows = list(rows)
-        return self._step(self._batch.next(tokens))
+        return self._batch.next(tokens)
 
     def reorder(self, first: int, parents: ListLike[int]) -> None:
         """Let neighbouring rows go on from others of them: forks of block tables, no copies.

@@ -22,11 +22,12 @@ from gpt2rt.graph import Executor, make_executor
 from gpt2rt.graph.plan import Head, NormQKV
 
 from .batch import CachedRows
-from .decode import NO_IDS, DecodePlan, Row, make_cache
+from .decode import DecodePlan, Row, make_cache
 from .history import History
 from .processors import LogitsProcessorList
 from .random import uniform
 from .sampling import check_logits, greedy, quiet_threads, sample
+from .scores import NO_IDS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ each token.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import time
@@ -21,21 +20,18 @@ from gpt2rt.cache import PagedKVCache
 from gpt2rt.errors import RequestError
 from gpt2rt.graph import Executor, Plan
 
-from .batch import CachedRows
-from .history import History
+from .batch import Best, CachedRows
+from .choice import Chooser
 from .logits import LogitsProcessorList
 from .past import read_rows
-from .random import request_key, uniform
-from .sampling import check_logits, check_scores, greedy, quiet_threads, sample
+from .random import request_key
+from .scores import make_history
 from .starts import BLOCK_SIZE, LayerPairs, Starts
 from .stopping import StoppingCriteriaList, StopStrings
 
 if TYPE_CHECKING:
     from .candidates import Speculation
     from .modes import Loop
-
-#: for warpers, which look at the scores alone
-NO_IDS = torch.empty((0, 0), dtype=torch.int64)
 
 
 @dataclasses.dataclass
@@ -282,12 +278,12 @@ class Decoder:
         # before the rows: a request for too many of them ends here
         self.cache = make_cache(plan)
         self.rows = make_rows(plan)
-        self.scores: list[Tensor] = []
-        self.logits: list[Tensor] = []
         self.past: LayerPairs | None = None
         lengths = cache_lengths(plan)
         self.cached = CachedRows(plan.executor, self.cache, [lengths[row.prompt] for row in self.rows])
         self._history = make_history(plan)
+        self._chooser = Chooser(plan, self.rows, self._history)
+        self.scores, self.logits = self._chooser.scores, self._chooser.logits
         self._began = 0.0
 
     def steps(self) -> Generator[list[int], None, None]:
@@ -302,9 +298,9 @@ class Decoder:
         self._begin()
         try:
             live = list(range(len(self.rows)))
-            logits = self._prefill()
+            found: Tensor | Best = self._prefill()
             while True:
-                tokens = self._choose(logits, live)
+                tokens = self._choose(found, live)
                 step = [self.plan.pad_token_id] * len(self.rows)
                 for index, token in zip(live, tokens, strict=True):
                     step[index] = token
@@ -318,7 +314,7 @@ class Decoder:
                 if len(going_on) < len(live):
                     self._release(index for index in live if self.rows[index].finish_reason is not None)
                     live = going_on
-                logits = self._next(live)
+                found = self._next(live)
         finally:
             self.cached.free(range(len(self.rows)))
 
@@ -346,14 +342,22 @@ class Decoder:
         windows = [row.window for row in self.rows[::count]]
         return self.cached.prefill(windows, count, self.plan.starts, self.plan.prefill_chunk_size)
 
-    def _next(self, live: list[int]) -> Tensor:
-        """[len(live), vocab_size]: the logits after each row's newest token."""
+    def _choose(self, found: Tensor | Best, live: list[int]) -> list[int]:
+        """The next token of each row, from its logits or the best of them."""
+        if isinstance(found, Best):
+            return self._chooser.choose_best(found, live)
+        return self._chooser.choose(found, live)
+
+    def _next(self, live: list[int]) -> Tensor | Best:
+        """[len(live), vocab_size]: the logits after each row's newest token; or the best, where they suffice."""
         moved = self._slide(live)
         if not self.plan.use_cache:
             moved = live
             for index in live:
                 self.cached.truncate(index, 0)
         newest = [self.rows[index].ids[-1] for index in live]
+        if not moved and self._chooser.best_count:
+            return self.cached.next_best(newest, live, self._chooser.best_count)
         if not moved:
             return self.cached.next(newest, live)
         anew = set(moved)
@@ -371,36 +375,6 @@ class Decoder:
             row.start = len(row.ids) - (n_positions - self.plan.context_stride)
             self.cached.truncate(index, 0)
         return moved
-
-    # ---- the next token ------------------------------------------------------------------------------------------
-
-    def _choose(self, logits: Tensor, live: list[int]) -> list[int]:
-        """The next token of some rows that have equally many new tokens; scores and logits are recorded."""
-        plan = self.plan
-        step = self.rows[live[0]].num_new
-        if not plan.remove_invalid_values:
-            check_logits(logits, live)
-        if plan.output_logits:
-            self._record(self.logits, logits, live, step)
-        changed = plan.processors or plan.user_processors
-        scores = processed_scores(plan, self._history, logits, live, step) if changed else logits
-        with quiet_threads(scores) if changed or plan.do_sample else contextlib.nullcontext():
-            if changed:
-                check_scores(scores, live)
-            scores = plan.warpers(NO_IDS, scores)
-            if plan.output_scores:
-                self._record(self.scores, scores, live, step)
-            if not plan.do_sample:
-                return greedy(scores)
-            rows = (self.rows[index] for index in live)
-            return sample(scores, [uniform(plan.seed, row.request, row.choice, len(row.ids)) for row in rows])
-
-    def _record(self, steps: list[Tensor], values: Tensor, live: list[int], step: int) -> None:
-        """Keep the live rows' values of a step; rows without any have 0."""
-        if step == len(steps):
-            steps.append(spread(values, live, len(self.rows)).clone())
-        else:
-            steps[step][live] = values
 
     # ---- the end of a row ----------------------------------------------------------------------------------------
 
@@ -438,67 +412,6 @@ class Decoder:
         for index in indices:
             row = self.rows[index]
             row.finish_reason = row.finish_reason or reason
-
-
-def make_history(plan: DecodePlan) -> History | None:
-    """What processors and criteria look at; None if there are none."""
-    if not (plan.processors or plan.user_processors or plan.user_criteria):
-        return None
-    device = plan.executor.plan.device
-    return History(plan.columns, plan.keep, plan.num_rows, plan.max_new_tokens, plan.pad_token_id, device)
-
-
-def spread(values: Tensor, rows: ListLike[int], num_rows: int) -> Tensor:
-    """[num_rows, vocab_size] from the values of some rows, in ascending order; the others are 0."""
-    if len(rows) == num_rows:
-        return values
-    everything = values.new_zeros(num_rows, values.size(1))
-    everything[rows] = values
-    return everything
-
-
-def processed_scores(
-    plan: DecodePlan, history: History | None, scores: Tensor, rows: ListLike[int], step: int
-) -> Tensor:
-    """The scores after all processors, the caller's too, but before the warpers.
-
-    The caller's processors see every row of the call, so that what they keep for a row stays its own.
-
-    Args:
-        plan: with the processors.
-        history: from :func:`make_history`; None if there are no processors.
-        scores: [len(rows), vocab_size] float32.
-        rows: which rows these are, in ascending order.
-        step: how many new tokens they have.
-
-    Returns:
-        [len(rows), vocab_size] float32.
-    """
-    if history is None:
-        return scores
-    if plan.processors:
-        with quiet_threads(scores):
-            scores = plan.processors(history.ids(step, rows), scores, rows=rows)
-    if plan.user_processors:
-        scores = spread(scores, rows, plan.num_rows)
-        for processor in plan.user_processors:
-            scores = _checked_scores(processor, processor(history.columns(step), scores), list(scores.shape))
-        scores = scores if len(rows) == plan.num_rows else scores[rows]
-    return scores
-
-
-def _checked_scores(processor: Any, scores: Any, expected: list[int]) -> Tensor:
-    """What a caller's processor returned, if it has the shape of what it got.
-
-    Raises:
-        RequestError: it has not.
-    """
-    if isinstance(scores, Tensor) and list(scores.shape) == expected:
-        return scores
-    shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-    raise RequestError(
-        f"the logits processor {type(processor).__name__} returned {shape}, expected a tensor of shape {expected}"
-    )
 
 
 def finished_sequences(decoder: Loop) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2rt import ops
 from gpt2rt.errors import NumericsError, RequestError
 
 #: scores up to which one thread does the work; about five rows of GPT-2's vocabulary
@@ -99,30 +100,20 @@ def greedy(scores: Tensor) -> list[int]:
 
 
 def sample(scores: Tensor, uniforms: Sequence[float]) -> list[int]:
-    """A token of each row drawn from softmax(scores) by inverting its cumulative distribution.
-
-    The probabilities are summed in vocabulary order in float64; the token is the first whose sum exceeds the row's
-    uniform number times the total. A row's token depends on its own scores and number alone.
+    """A token of each row drawn from softmax(scores) by inverting its cumulative distribution, see ``ops.sample``.
 
     Args:
         scores: [num_rows, vocab_size] float32, as :func:`check_scores` accepts them.
         uniforms: a number in [0, 1) for each row.
+
+    Raises:
+        NumericsError: a row has no token to draw, or scores that are NaN or infinite.
     """
-    if scores.device.type == "cpu":
-        return [_draw(row, number) for row, number in zip(scores, uniforms, strict=True)]
-    cumulative = torch.softmax(scores, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    target = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)[:, None] * total
-    # the product can round up to the total, which no token exceeds
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).tolist()
-
-
-def _draw(scores: Tensor, number: float) -> int:
-    """As :func:`sample`, for one row [vocab_size] on the CPU; excluded tokens cost nothing."""
-    kept = np.flatnonzero(scores.numpy() != -np.inf)
-    values = scores if kept.size == scores.numel() else scores[torch.from_numpy(kept)]
-    cumulative = torch.softmax(values, dim=-1).cumsum(dim=-1, dtype=torch.float64).numpy()
-    total = float(cumulative[-1])
-    target = min(number * total, math.nextafter(total, 0.0))
-    return int(kept[cumulative.searchsorted(target, side="right")])
+    numbers = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)
+    tokens = ops.sample(scores.float().contiguous(), numbers).tolist()
+    if -1 in tokens:
+        raise NumericsError(
+            f"place {tokens.index(-1)} of {len(tokens)}: no token can be drawn from its scores, which are NaN or "
+            "infinite; is the temperature too small for them?"
+        )
+    return tokens

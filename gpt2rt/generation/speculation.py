@@ -212,7 +212,7 @@ class SpeculativeDecoder(Decoder):
             if len(places) < len(logits):
                 # a slice costs a tenth of indexing by a list
                 chosen_from = logits[places[0] : places[0] + 1] if len(places) == 1 else logits[places]
-            tokens = self._choose(chosen_from, group)
+            tokens = self._chooser.choose(chosen_from, group)
             self._append(group, tokens)
             right = []
             for index, token in zip(group, tokens, strict=True):

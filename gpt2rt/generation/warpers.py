@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2rt import ops
 from gpt2rt.errors import RequestError
 
 from .processors import EXCLUDED, LogitsProcessor
@@ -40,6 +41,12 @@ def largest(values: Tensor, count: int) -> Tensor:
         above = np.sort(row[row > bound])[::-1][:count]
         best[: above.size] = above
     return torch.from_numpy(result)
+
+
+def sampling_weights(scores: Tensor) -> Tensor:
+    """The probabilities of ``scores`` [num_rows, vocab_size] as exact integers, see ``ops.sampling_weights``."""
+    # a caller's processor may return any float dtype and layout
+    return ops.sampling_weights(scores.float().contiguous())
 
 
 class TemperatureLogitsWarper(LogitsProcessor):
@@ -93,22 +100,25 @@ class TopPLogitsWarper(LogitsProcessor):
         self.min_tokens_to_keep = _at_least_one(min_tokens_to_keep)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.top_p >= 1.0:
+            return scores
         vocab_size = scores.size(-1)
-        probabilities = torch.softmax(scores, dim=-1)
+        target = self.top_p * sampling_weights(scores).sum(-1, keepdim=True).double()
         candidates = self._FIRST_CANDIDATES
         while True:
             candidates = min(max(candidates, self.min_tokens_to_keep), vocab_size)
-            best = largest(probabilities, candidates)
-            # float64, one addition after another: the same whatever the number of candidates
-            mass = best.cumsum(-1, dtype=torch.float64)
-            if candidates == vocab_size or bool((mass[:, -1] >= self.top_p).all()):
+            best = largest(scores, candidates)
+            # the largest score of the row is among them, so these are their weights in the whole row
+            weights = sampling_weights(best)
+            mass = weights.cumsum(-1)
+            if candidates == vocab_size or bool((mass[:, -1:].double() >= target).all()):
                 break
             candidates *= 16
         # a token stays while those before it have less than top_p
-        before = torch.nn.functional.pad(mass[:, :-1], (1, 0))
-        keep = (before < self.top_p).sum(-1, keepdim=True).clamp_(min=min(self.min_tokens_to_keep, vocab_size))
+        keep = ((mass - weights).double() < target).sum(-1, keepdim=True)
+        keep.clamp_(min=min(self.min_tokens_to_keep, vocab_size))
         last = best.gather(-1, keep - 1)
-        return torch.where(probabilities < last, self.filter_value, scores)
+        return torch.where(scores < last, self.filter_value, scores)
 
 
 class MinPLogitsWarper(LogitsProcessor):
@@ -125,10 +135,9 @@ class MinPLogitsWarper(LogitsProcessor):
         self.min_tokens_to_keep = _at_least_one(min_tokens_to_keep)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probabilities = torch.softmax(scores, dim=-1)
-        remove = probabilities < self.min_p * probabilities.amax(dim=-1, keepdim=True)
+        remove = sampling_weights(scores).double() < self.min_p * ops.WEIGHT_UNIT
         if self.min_tokens_to_keep > 1:
-            kept = torch.topk(probabilities, min(self.min_tokens_to_keep, scores.size(-1)), dim=-1).indices
+            kept = torch.topk(scores, min(self.min_tokens_to_keep, scores.size(-1)), dim=-1).indices
             remove = remove.scatter(-1, kept, False)
         return torch.where(remove, self.filter_value, scores)
 
