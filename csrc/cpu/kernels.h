@@ -64,7 +64,6 @@ static constexpr int64_t attention_partial_floats(int64_t rows, int64_t head_dim
   return rows * (attention_row_floats(head_dim) + 2);
 }
 
-
 // scores of a sampler in blocks of this many
 constexpr int64_t kScoreBlock = 64;
 

@@ -22,7 +22,7 @@ def top(model, batch, count, *, hidden=False, num_threads=1):
         "top_ids": torch.full((rows, count), -7, dtype=torch.int64),
         "top_logits": torch.full((rows, count), math.nan),
     }
-    ops.cpu_step(*(arguments | found).values())
+    ops.cpu_step(**(arguments | found))
     return found["top_ids"], found["top_logits"], arguments["hidden"]
 
 
@@ -114,5 +114,5 @@ def test_what_does_not_fit_is_refused():
         ({**none, "top_ids": torch.empty(rows, 98).long(), "top_logits": torch.empty(rows, 98)}, "98 columns"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ops.cpu_step(*(arguments | changed).values())
+            ops.cpu_step(**(arguments | changed))
     assert model.kv_cache.isnan().all(), "nothing may have been written"

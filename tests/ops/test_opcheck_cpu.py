@@ -59,7 +59,7 @@ def step_cases():
     batch = model.batch([([1, 2, 3], 0)], [[5]])
     yield OPS.cpu_step, tuple(model.arguments(batch, hidden=True).values())
     best = {"logits": torch.empty(0, 97), "top_ids": torch.empty(3, 2).long(), "top_logits": torch.empty(3, 2)}
-    yield OPS.cpu_step, tuple((model.arguments(batch) | {"times": None} | best).values())
+    yield OPS.cpu_step, tuple((model.arguments(batch) | {"times": None, "kv_scales": None} | best).values())
 
 
 def sampling_cases():
