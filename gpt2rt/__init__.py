@@ -26,6 +26,7 @@ _EXPORTS = {
     "BatchEncoding": "gpt2rt.tokenizers",
     "BertTokenizer": "gpt2rt.tokenizers",
     "BertTokenizerFast": "gpt2rt.tokenizers",
+    "BitsAndBytesConfig": "gpt2rt.quantization",
     "CausalLMOutput": "gpt2rt.models",
     "CausalLMOutputWithCrossAttentions": "gpt2rt.models",
     "CheckpointError": "gpt2rt.errors",
@@ -87,6 +88,8 @@ _EXPORTS = {
     "PreTrainedTokenizerBase": "gpt2rt.tokenizers",
     "PreTrainedTokenizerFast": "gpt2rt.tokenizers",
     "PrefixConstrainedLogitsProcessor": "gpt2rt.generation",
+    "QuantizationConfig": "gpt2rt.quantization",
+    "QuantizedWeight": "gpt2rt.quantization",
     "QuestionAnsweringModelOutput": "gpt2rt.models",
     "QuestionAnsweringPipeline": "gpt2rt.pipelines",
     "RepetitionPenaltyLogitsProcessor": "gpt2rt.generation",
@@ -116,6 +119,7 @@ _EXPORTS = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "gpt2rt.generation",
     "ZeroShotClassificationPipeline": "gpt2rt.pipelines",
     "pipeline": "gpt2rt.pipelines",
+    "quantize_model": "gpt2rt.models.quantize",
     "set_seed": "gpt2rt.pipelines",
 }
 

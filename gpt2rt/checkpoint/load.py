@@ -1,6 +1,7 @@
 """Filling a model that was built on the meta device with the weights of a checkpoint."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +80,8 @@ def _slot(model: nn.Module, key: str) -> tuple[nn.Module, str]:
     return model.get_submodule(owner), name
 
 
-def _put(model: nn.Module, key: str, value: Tensor) -> None:
-    """Replace a parameter or buffer that is on the meta device."""
+def put(model: nn.Module, key: str, value: Tensor) -> None:
+    """Replace a parameter or buffer of the state dict's ``key``."""
     owner, name = _slot(model, key)
     if name in owner._parameters:
         old = owner._parameters[name]
@@ -96,6 +97,7 @@ def fill_model(
     dtype: torch.dtype,
     device: torch.device,
     check_finite: bool,
+    otherwise: Mapping[str, Callable[[], None]] = MappingProxyType({}),
 ) -> None:
     """Give every matched key of ``model`` its tensor.
 
@@ -105,24 +107,47 @@ def fill_model(
         match: from :func:`~gpt2rt.checkpoint.matching.match_names`, with shapes checked.
         dtype, device: of the new tensors.
         check_finite: refuse NaN and infinity, which costs one pass over memory.
+        otherwise: key -> what fills it in another way, such as by quantising it.
     Raises:
         CheckpointError: reading failed, or a tensor holds NaN or infinity.
     """
     total = sum(weights.infos[name].nbytes for name in match.sources.values())
     for key in progress(list(match.sources), total):
+        if key in otherwise:
+            otherwise[key]()
+            continue
         name = match.sources[key]
-        tensor = weights.read(name)
-        if check_finite:
-            _require_finite(tensor, weights.infos[name], None)
+        tensor = read_finite(weights, name, check_finite)
         if tensor.dtype != dtype:
-            narrowed = tensor.to(dtype)
-            if check_finite and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
-                _require_finite(narrowed, weights.infos[name], dtype)
-            tensor = narrowed
+            tensor = convert(tensor, weights.infos[name], dtype, check_finite)
         elif weights.borrowed:
             # a state dict stays its owner's, and a mapped .bin file may shrink while the model is used
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-        _put(model, key, tensor.to(device))
+        put(model, key, tensor.to(device))
+
+
+def read_finite(weights: Weights, name: str, check_finite: bool) -> Tensor:
+    """The tensor ``name`` as stored, on the CPU.
+
+    Raises:
+        CheckpointError: reading failed, or ``check_finite`` and the tensor holds NaN or infinity.
+    """
+    tensor = weights.read(name)
+    if check_finite:
+        _require_finite(tensor, weights.infos[name], None)
+    return tensor
+
+
+def convert(tensor: Tensor, info: TensorInfo, dtype: torch.dtype, check_finite: bool) -> Tensor:
+    """``tensor`` in another floating-point dtype.
+
+    Raises:
+        CheckpointError: ``check_finite`` and a value is beyond the largest of ``dtype``.
+    """
+    converted = tensor.to(dtype)
+    if check_finite and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        _require_finite(converted, info, dtype)
+    return converted
 
 
 def _require_finite(tensor: Tensor, info: TensorInfo, target: torch.dtype | None) -> None:
@@ -161,7 +186,7 @@ def initialize_missing(
         old = owner._parameters.get(name)
         # a name is a parameter or a buffer, and neither is None here
         shape = old.shape if old is not None else owner._buffers[name].shape  # type: ignore[union-attr]
-        _put(model, key, torch.zeros(shape, dtype=dtype, device=device))
+        put(model, key, torch.zeros(shape, dtype=dtype, device=device))
     with torch.no_grad():
         for owner, names in owners.values():
             kept = {n: p.detach().clone() for n, p in owner.named_parameters(recurse=False) if n not in names}
@@ -178,9 +203,7 @@ def compare_tied(weights: Weights, match: Match, tied: Mapping[str, str]) -> lis
     different = []
     for target, name in match.tied_copies.items():
         source_name = match.sources[tied[target]]
-        shared, second = weights.infos[source_name], weights.infos[name]
-        same = shared.shape == second.shape and torch.equal(weights.read(source_name), weights.read(name))
-        if not same:
+        if not weights.same(source_name, name):
             different.append(target)
     return different
 

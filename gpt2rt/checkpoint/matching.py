@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint belongs to which weight of a model; decided from names, shapes and dtypes alone."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -130,19 +130,24 @@ def check_tensors(
     match: Match,
     shapes: Mapping[str, tuple[int, ...]],
     may_differ: Iterable[str],
+    apart: Container[str] = (),
 ) -> None:
     """Check dtypes and shapes; weights in ``may_differ`` whose shape is wrong move to ``match.mismatched``.
+
+    Names in ``apart``, quantised weights, are not looked at.
 
     Raises:
         CheckpointError: a tensor is not floating-point, or its shape is wrong.
     """
     lenient = set(may_differ)
     for key, name in list(match.sources.items()):
+        if name in apart:
+            continue
         info, shape = infos[name], tuple(shapes[key])
         if info.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(
                 f"{info.path}: tensor {name!r} has dtype {info.dtype}, expected float32, float16, bfloat16 or float64; "
-                "quantised checkpoints need a quantization_config, which gpt2rt does not read yet"
+                "a quantised checkpoint says so by quantization_config in its config.json"
             )
         if info.shape == shape:
             continue

@@ -10,7 +10,6 @@ _ONE_DEVICE = "gpt2rt runs a model on one device"
 _NO_ADAPTERS = "gpt2rt loads no adapters; merge the adapter into the weights first"
 _NO_CODE = "gpt2rt never runs code from a checkpoint"
 _NO_OFFLOAD = "gpt2rt does not offload weights"
-_NO_QUANTISATION = "gpt2rt does not quantise yet"
 
 # of from_pretrained: name -> (values that ask for nothing and are accepted, why anything else is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -25,15 +24,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fusion_config": ((None,), "gpt2rt fuses its own graph and takes no fusion config"),
     "gguf_file": ((None,), "gpt2rt does not read GGUF; convert the file to safetensors"),
     "kernel_config": ((None,), "gpt2rt always uses its own kernels"),
-    "load_in_4bit": ((None, False), _NO_QUANTISATION),
-    "load_in_8bit": ((None, False), _NO_QUANTISATION),
     "max_memory": ((None,), "gpt2rt puts a model on one device and does not split it"),
     "mirror": ((None,), "set the environment variable HF_ENDPOINT instead"),
     "offload_buffers": ((None, False), _NO_OFFLOAD),
     "offload_folder": ((None,), _NO_OFFLOAD),
     "offload_state_dict": ((None, False), _NO_OFFLOAD),
     "proxies": ((None,), "set the environment variable HTTPS_PROXY instead"),
-    "quantization_config": ((None,), _NO_QUANTISATION),
     "tp_plan": ((None,), _ONE_DEVICE),
     "tp_size": ((None,), _ONE_DEVICE),
     "tqdm_class": ((None,), "gpt2rt shows huggingface_hub's progress bars; HF_HUB_DISABLE_PROGRESS_BARS=1 hides them"),

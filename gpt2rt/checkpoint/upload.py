@@ -89,7 +89,7 @@ class PushToHub:
         Args:
             repo_id: "user/name", or "name" in the user's own space; made if it does not exist.
             **kwargs: ``private``, ``token``, ``revision``, ``create_pr``, ``commit_message``, ``commit_description``,
-                and for models ``max_shard_size``, as in ``save_pretrained``.
+                and for models ``max_shard_size`` and ``quantization_format``, as in ``save_pretrained``.
         Returns:
             the address of the commit, or of the pull request.
         Raises:

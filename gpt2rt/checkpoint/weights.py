@@ -5,7 +5,7 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -46,6 +46,10 @@ class Weights:
             CheckpointError: the file cannot be read or has changed.
         """
         raise NotImplementedError(f"{type(self).__name__} must define read(name)")
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors have one shape and the same values."""
+        return self.infos[first].shape == self.infos[second].shape and torch.equal(self.read(first), self.read(second))
 
     def __enter__(self) -> Self:
         return self
@@ -186,6 +190,7 @@ def open_weights(
     variant: str | None = None,
     from_tf: bool = False,
     from_flax: bool = False,
+    other_names: Iterable[str] = (),
 ) -> Weights:
     """The weights of a checkpoint, with checked headers; except from ``.bin`` files, no tensor data is read yet.
 
@@ -197,6 +202,7 @@ def open_weights(
         use_safetensors: True: only safetensors; False: everything else; None: all, in this order.
         variant: a name between stem and suffix, such as "fp16" in ``model.fp16.safetensors``.
         from_tf, from_flax: only ``tf_model.h5``, only ``flax_model.msgpack``.
+        other_names: of safetensors files, tried after ``model.safetensors`` and its shards.
     Raises:
         CheckpointError: no weights, or files that are damaged, unsafe or disagree with each other.
         ValueError: arguments that exclude each other.
@@ -213,7 +219,7 @@ def open_weights(
     mark = f".{variant}" if variant else ""
     looked_for = []
     if use_safetensors is not False and not is_foreign:
-        looked_for += [f"model{mark}.safetensors", f"model.safetensors.index{mark}.json"]
+        looked_for += [f"model{mark}.safetensors", f"model.safetensors.index{mark}.json", *other_names]
     if not use_safetensors and not is_foreign:
         looked_for += [f"pytorch_model{mark}.bin", f"pytorch_model.bin.index{mark}.json"]
     formats: dict[str, foreign.Format] = {}

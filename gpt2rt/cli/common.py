@@ -27,6 +27,13 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16, float16 or auto.", show_default="as stored; float16 as float32 on a CPU"),
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantise float weights as they are read: int8, int4, nf4 or fp4; int4-g32 and so on for other groups.",
+        show_default="as stored",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...; also -1 (CPU) or n (cuda:n).")]
 ExecutorName = Annotated[str | None, typer.Option(help="cpu or eager.", show_default="the fastest")]
 Threads = Annotated[int | None, typer.Option(help="Threads on the CPU.", show_default="torch's choice")]
@@ -52,6 +59,18 @@ def check_dtype(dtype: str | None) -> None:
     """Raise UsageFault for an unknown ``--dtype``."""
     if dtype not in (None, *DTYPES):
         raise UsageFault(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Raise UsageFault for an unknown ``--quantization``."""
+    if quantization is None:
+        return
+    from gpt2rt.quantization import resolve_quantization
+
+    try:
+        resolve_quantization(quantization)
+    except ValueError as error:
+        raise UsageFault(f"--quantization: {error}") from None
 
 
 def set_threads(threads: int | None) -> None:
@@ -114,6 +133,7 @@ class Place:
     executor: str | None
     threads: int | None
     dtype: str | None
+    quantization: str | None = None
 
 
 @dataclasses.dataclass
@@ -139,6 +159,7 @@ def load(
 
     if place.executor not in (None, *executor_names()):
         raise UsageFault(f"--executor must be one of {', '.join(executor_names())}, got {place.executor!r}")
+    check_quantization(place.quantization)
     set_threads(place.threads)
     device = parse_device(place.device)
     # only now: a wrong option is found without waiting for them
@@ -151,10 +172,11 @@ def load(
     tokenizer = AutoTokenizer.from_pretrained(
         name if tokenizer_name is None else tokenizer_name, **(hub if tokenizer_name is None else local)
     )
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=place.dtype, device=device, **hub)
+    kind = {"dtype": place.dtype, "quantization": place.quantization, "device": device}
+    model = AutoModelForCausalLM.from_pretrained(name, **kind, **hub)
     assistant = None
     if assistant_name is not None:
-        assistant = AutoModelForCausalLM.from_pretrained(assistant_name, dtype=place.dtype, device=device, **local)
+        assistant = AutoModelForCausalLM.from_pretrained(assistant_name, **kind, **local)
     runner = model.generation_executor(place.executor)
     if place.threads is not None and hasattr(runner, "num_threads"):
         # the flag goes before GPT2RT_NUM_THREADS

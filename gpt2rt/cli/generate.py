@@ -22,6 +22,7 @@ from .common import (
     LocalOnly,
     ModelName,
     Place,
+    Quantization,
     Revision,
     Subfolder,
     Threads,
@@ -83,6 +84,7 @@ def command(
         list[str] | None, typer.Option("--set", help="Any field of GenerationConfig, as NAME=VALUE; repeatable.")
     ] = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     device: Device = "cpu",
     executor: ExecutorName = None,
     threads: Threads = None,
@@ -122,7 +124,7 @@ def command(
         raise UsageFault(str(error)) from error
     stops = fields.get("stop_strings") or []
     check_dtype(dtype)
-    place = Place(device, executor, threads, dtype)
+    place = Place(device, executor, threads, dtype, quantization)
     hub = {"revision": revision, "subfolder": subfolder, "local_files_only": local_files_only}
     loaded = load(model, tokenizer, assistant_model, place, hub)
     sink = _ignore if as_json else _write
@@ -207,6 +209,7 @@ def _where(loaded: Loaded) -> dict[str, Any]:
         or int(os.environ.get("GPT2RT_NUM_THREADS") or torch.get_num_threads()),
         "device": str(loaded.model.device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "quantization": loaded.model.quantization_scheme,
     }
 
 
@@ -218,7 +221,7 @@ def _print_stats(result: dict[str, Any]) -> None:
         f"TTFT {result['ttft_ms']:.1f} ms",
         f"{rate} tokens/s",
         f"executor {result['executor']} ({result['isa'] or result['device']}, {result['threads']} threads, "
-        f"{result['dtype']})",
+        f"{result['quantization'] or result['dtype']})",
     ]
     if result["seed"] is not None:
         parts.append(f"seed {result['seed']}")

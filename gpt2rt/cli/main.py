@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import doctor, env, generate, run, score
+from . import doctor, env, generate, quantize, run, score
 from .common import UsageFault
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for module in (generate, run, score, env, doctor):
+for module in (generate, run, score, quantize, env, doctor):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
 
 

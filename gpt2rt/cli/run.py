@@ -13,10 +13,12 @@ import typer
 from .common import (
     Dtype,
     LocalOnly,
+    Quantization,
     Revision,
     Threads,
     UsageFault,
     check_dtype,
+    check_quantization,
     parse_device,
     parse_settings,
     set_threads,
@@ -76,6 +78,7 @@ def command(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts that are computed together.")] = 1,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     threads: Threads = None,
     revision: Revision = "main",
     local_files_only: LocalOnly = False,
@@ -103,6 +106,7 @@ def command(
         raise UsageFault(f"--output {target}: the folder {target.absolute().parent} does not exist")
     # a pipe's results may be wanted in a file, and a file's results in another format
     out_form = infer_format(target) if target is not None and format == "infer" else form
+    check_quantization(quantization)
     set_threads(threads)
     place = parse_device(device)
 
@@ -122,6 +126,7 @@ def command(
             tokenizer=tokenizer,
             device=place,
             dtype=dtype,
+            quantization=quantization,
             revision=revision,
             local_files_only=local_files_only,
             batch_size=batch_size,

@@ -17,6 +17,7 @@ from .common import (
     LocalOnly,
     ModelName,
     Place,
+    Quantization,
     Revision,
     Subfolder,
     Threads,
@@ -55,6 +56,7 @@ def command(
     batch_size: Annotated[int, typer.Option(help="Windows that are computed together.")] = 8,
     tokens: Annotated[bool, typer.Option("--tokens", help="With --json: the log-probability of each token.")] = False,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     device: Device = "cpu",
     executor: ExecutorName = None,
     threads: Threads = None,
@@ -74,7 +76,7 @@ def command(
     if not texts:
         raise UsageFault("there is no text to score; all lines are empty")
     hub = {"revision": revision, "subfolder": subfolder, "local_files_only": local_files_only}
-    loaded = load(model, tokenizer, None, Place(device, executor, threads, dtype), hub)
+    loaded = load(model, tokenizer, None, Place(device, executor, threads, dtype, quantization), hub)
     scores = loaded.model.score(
         [text for _, text in texts],
         loaded.tokenizer,

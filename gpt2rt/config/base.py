@@ -273,6 +273,10 @@ class PretrainedConfig:
         """All fields as plain JSON values (``dtype`` as its name), with ``model_type``."""
         out = {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
         out = copy.deepcopy(out)
+        quantization = out.get("quantization_config")
+        # of a loaded model it is an object, as in transformers
+        if quantization is not None and hasattr(quantization, "to_dict"):
+            out["quantization_config"] = quantization.to_dict()
         dtype = out.get("dtype")
         out["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
         out["_name_or_path"] = self._name_or_path

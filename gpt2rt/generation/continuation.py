@@ -10,7 +10,7 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2rt.errors import RequestError
 from gpt2rt.graph import Plan
@@ -189,7 +189,7 @@ def _with_embeds(
     return prompts, Given(keep, hidden, embeds=embeds)
 
 
-def with_token_types(prompts: Prompts, given: Given | None, token_type_ids: Any, wte: nn.Embedding) -> Given:
+def with_token_types(prompts: Prompts, given: Given | None, token_type_ids: Any, wte: Any) -> Given:
     """Add the embeddings of token types to a call; they are looked up where tokens are.
 
     The prompts become embeddings, beside their ids. New tokens get the type that prompts end with.
@@ -225,10 +225,16 @@ def with_token_types(prompts: Prompts, given: Given | None, token_type_ids: Any,
             f"the prompts end with token types {last}; new tokens get the type of the last one, which must be the same "
             "for all prompts of a call"
         )
-    weight = wte.weight.detach()
-    embeds = weight[prompts.columns.to(weight.device)] if given is None or given.embeds is None else given.embeds
+    device = wte.weight.device
+    embeds = table_rows(wte, prompts.columns.to(device)) if given is None or given.embeds is None else given.embeds
     hidden = [0] * len(prompts.rows) if given is None else given.hidden
-    return Given(keep, hidden, embeds=embeds + weight[types.to(weight.device).long()], token_type=last[0])
+    return Given(keep, hidden, embeds=embeds + table_rows(wte, types.to(device).long()), token_type=last[0])
+
+
+def table_rows(wte: Any, ids: Tensor) -> Tensor:
+    """Rows of a token embedding, detached: ids [...] to [..., n_embd] in the model's dtype."""
+    # a quantised table holds codes
+    return wte(ids) if hasattr(wte, "quantized") else wte.weight.detach()[ids]
 
 
 def _check_positions(prompts: Prompts, hidden: list[int], n_positions: int, where: str) -> None:

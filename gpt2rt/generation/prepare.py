@@ -16,7 +16,7 @@ from gpt2rt.graph import Executor
 from .cache_names import check_cache, check_cache_length, kv_cache_dtype
 from .config import DEFAULTS, FIELDS, GenerationConfig
 from .context import LONG_PROMPTS, fit_prompts, row_limits, sliding_stride
-from .continuation import Given, check_position_ids, read_call, with_token_types
+from .continuation import Given, check_position_ids, read_call, table_rows, with_token_types
 from .decode import DecodePlan
 from .guidance import make_guidance
 from .healing import heal_prompts
@@ -291,7 +291,8 @@ def make_plan(
     if given is not None and given.token_type is not None:
         # what is added to every new token might as well be added to every position
         tokens, places = model.base_model.tables
-        executor = executor.with_positions(places.weight + tokens.weight[given.token_type])
+        added = table_rows(tokens, torch.tensor(given.token_type, device=places.weight.device))
+        executor = executor.with_positions(places.weight + added)
     returns_dict, use_cache = config.get("return_dict_in_generate"), config.get("use_cache") or given is not None
     caller_cache = hasattr(call["past_key_values"], "update")
     stride = sliding_stride(config, n_positions)

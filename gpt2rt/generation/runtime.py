@@ -33,7 +33,7 @@ class _Runtime:
         self.preferred: str | None = None
         self.warned_of: str | None = None
         self._identity: Any = None
-        self._samples: list[Tensor] = []
+        self._samples: list[list[Tensor]] = []
         self._content: Any = None
 
     def weights_changed(self, model: Any) -> bool:
@@ -55,27 +55,29 @@ class _Runtime:
 
     def _read(self) -> Any:
         # as bytes, so that NaN equals itself
-        return torch.cat(self._samples).view(torch.uint8).cpu().numpy().tobytes() if self._samples else None
+        return [torch.cat(alike).view(torch.uint8).cpu().numpy().tobytes() for alike in self._samples]
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:
-    """All parameters, tied ones as often as they stand; ten times faster than ``module.parameters()``."""
+    """All parameters and buffers, where quantised weights are; tied ones as often as they stand.
+
+    Ten times faster than ``module.parameters()``.
+    """
     found: list[Tensor] = [parameter for parameter in module._parameters.values() if parameter is not None]
+    found += [buffer for buffer in module._buffers.values() if buffer is not None]
     for child in module._modules.values():
         if child is not None:
             found += _parameters(child)
     return found
 
 
-def _samples(parameters: list[Tensor]) -> list[Tensor]:
-    """Views of a few elements of each parameter."""
-    first = parameters[0]
-    return [
-        p.detach().reshape(-1)[:: p.numel() // _SAMPLES | 1][: _SAMPLES + 1]
-        for p in parameters
-        # weights of several dtypes or devices are refused when the plan is built
-        if p.dtype == first.dtype and p.device == first.device
-    ]
+def _samples(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Views of a few elements of each parameter; those of one dtype and device stand together."""
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for p in parameters:
+        sample = p.detach().reshape(-1)[:: p.numel() // _SAMPLES | 1][: _SAMPLES + 1]
+        alike.setdefault((p.dtype, p.device), []).append(sample)
+    return list(alike.values())
 
 
 def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> Executor:

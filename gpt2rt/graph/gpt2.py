@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from gpt2rt.config import GPT2Config
+from gpt2rt.quantization.weight import QuantizedWeight
 
-from .plan import Attention, Embed, Head, Linear, LinearResidual, Node, Norm, NormLinearAct, NormQKV, Plan
+from .plan import Attention, Head, LinearResidual, Node, NormLinearAct, NormQKV, Plan
+from .weights import PlanWeights
 
 
 def attention_scale(config: GPT2Config, layer: int) -> float:
@@ -26,15 +28,18 @@ def attention_scale(config: GPT2Config, layer: int) -> float:
     return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
 
-def build_plan(config: GPT2Config, weights: Mapping[str, Tensor], activation: Callable[[Tensor], Tensor]) -> Plan:
+def build_plan(
+    config: GPT2Config, weights: Mapping[str, Tensor | QuantizedWeight], activation: Callable[[Tensor], Tensor]
+) -> Plan:
     """The plan of a GPT-2, as a language model if ``weights`` holds an output layer.
 
     Args:
         config: sizes and flags.
         weights: by checkpoint name without prefix: ``wte.weight`` [vocab_size, n_embd], ``h.0.attn.c_attn.weight``
             [n_embd, 3 * n_embd] as ``Conv1D`` stores it, ..., and, if logits are wanted, ``lm_head.weight``
-            [vocab_size, n_embd]. All of one dtype and device. The plan keeps views: a change of the tensors in place is
-            seen by the eager executor, not by one that has packed them.
+            [vocab_size, n_embd]. Quantised ones are [out, in]. All of one dtype and device, as :class:`PlanWeights`
+            says. The plan keeps views: a change of the tensors in place is seen by the eager executor, not by one that
+            has packed them.
         activation: the plain torch form of ``config.activation_function``.
 
     Returns:
@@ -47,41 +52,33 @@ def build_plan(config: GPT2Config, weights: Mapping[str, Tensor], activation: Ca
         raise ValueError(
             "a GPT-2 with add_cross_attention=True cannot run on the paged graph yet; call the model's forward instead"
         )
-    wte = weights["wte.weight"]
-    for name, tensor in weights.items():
-        if tensor.dtype != wte.dtype or tensor.device != wte.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, but wte.weight is {wte.dtype} on {wte.device}; "
-                "move the whole model to one dtype and device with model.to(...)"
-            )
-
-    def norm(prefix: str) -> Norm:
-        return Norm(weights[f"{prefix}.weight"], weights[f"{prefix}.bias"], config.layer_norm_epsilon)
-
-    def conv1d(prefix: str) -> Linear:
-        return Linear(weights[f"{prefix}.weight"].t(), weights[f"{prefix}.bias"])
-
+    held = PlanWeights(weights, "wte.weight", "wpe.weight")
+    eps = config.layer_norm_epsilon
     head_dim = config.n_embd // config.n_head
-    nodes: list[Node] = [Embed(wte, weights["wpe.weight"])]
+    nodes: list[Node] = [held.embed()]
     for layer in range(config.n_layer):
         block = f"h.{layer}"
         nodes += [
-            NormQKV(layer, norm(f"{block}.ln_1"), conv1d(f"{block}.attn.c_attn")),
+            NormQKV(layer, held.norm(f"{block}.ln_1", eps), held.conv1d(f"{block}.attn.c_attn")),
             Attention(layer, config.n_head, head_dim, attention_scale(config, layer)),
-            LinearResidual(conv1d(f"{block}.attn.c_proj")),
-            NormLinearAct(norm(f"{block}.ln_2"), conv1d(f"{block}.mlp.c_fc"), config.activation_function, activation),
-            LinearResidual(conv1d(f"{block}.mlp.c_proj")),
+            LinearResidual(held.conv1d(f"{block}.attn.c_proj")),
+            NormLinearAct(
+                held.norm(f"{block}.ln_2", eps),
+                held.conv1d(f"{block}.mlp.c_fc"),
+                config.activation_function,
+                activation,
+            ),
+            LinearResidual(held.conv1d(f"{block}.mlp.c_proj")),
         ]
-    lm_head = weights.get("lm_head.weight")
-    nodes.append(Head(norm("ln_f"), None if lm_head is None else Linear(lm_head, None)))
+    nodes.append(Head(held.norm("ln_f", eps), held.head()))
     return Plan(
         nodes=tuple(nodes),
         n_layer=config.n_layer,
         n_head=config.n_head,
         head_dim=head_dim,
         n_embd=config.n_embd,
-        vocab_size=(wte if lm_head is None else lm_head).size(0),
+        vocab_size=held.vocab_size,
         n_positions=config.n_positions,
-        dtype=wte.dtype,
-        device=wte.device,
+        dtype=held.dtype,
+        device=held.device,
     )

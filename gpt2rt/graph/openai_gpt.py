@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from gpt2rt.config import OpenAIGPTConfig, openai_gpt_activation
+from gpt2rt.quantization.weight import QuantizedWeight
 
-from .plan import Attention, Embed, Head, Linear, LinearResidual, Node, Norm, NormLinearAct, NormQKV, NormResidual, Plan
+from .plan import Attention, Head, LinearResidual, Node, NormLinearAct, NormQKV, NormResidual, Plan
+from .weights import PlanWeights
 
 
 def build_openai_gpt_plan(
-    config: OpenAIGPTConfig, weights: Mapping[str, Tensor], activation: Callable[[Tensor], Tensor]
+    config: OpenAIGPTConfig, weights: Mapping[str, Tensor | QuantizedWeight], activation: Callable[[Tensor], Tensor]
 ) -> Plan:
     """The plan of an OpenAI GPT, as a language model if ``weights`` holds an output layer.
 
@@ -25,9 +27,9 @@ def build_openai_gpt_plan(
         config: sizes.
         weights: by checkpoint name without prefix: ``tokens_embed.weight`` [vocab_size, n_embd],
             ``positions_embed.weight``, ``h.0.attn.c_attn.weight`` [n_embd, 3 * n_embd] as ``Conv1D`` stores it, ...,
-            and, if logits are wanted, ``lm_head.weight`` [vocab_size, n_embd]. All of one dtype and device. The plan
-            keeps views: a change of the tensors in place is seen by the eager executor, not by one that has packed
-            them.
+            and, if logits are wanted, ``lm_head.weight`` [vocab_size, n_embd]. Quantised ones are [out, in]. All of
+            one dtype and device, as :class:`PlanWeights` says. The plan keeps views: a change of the tensors in place
+            is seen by the eager executor, not by one that has packed them.
         activation: the plain torch form of ``config.afn``.
 
     Returns:
@@ -36,44 +38,31 @@ def build_openai_gpt_plan(
     Raises:
         ValueError: the weights differ in dtype or device.
     """
-    tokens = weights["tokens_embed.weight"]
-    for name, tensor in weights.items():
-        if tensor.dtype != tokens.dtype or tensor.device != tokens.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, but tokens_embed.weight is {tokens.dtype} on "
-                f"{tokens.device}; move the whole model to one dtype and device with model.to(...)"
-            )
-
-    def norm(prefix: str) -> NormResidual:
-        return NormResidual(Norm(weights[f"{prefix}.weight"], weights[f"{prefix}.bias"], config.layer_norm_epsilon))
-
-    def conv1d(prefix: str) -> Linear:
-        return Linear(weights[f"{prefix}.weight"].t(), weights[f"{prefix}.bias"])
-
+    held = PlanWeights(weights, "tokens_embed.weight", "positions_embed.weight")
+    eps = config.layer_norm_epsilon
     head_dim = config.n_embd // config.n_head
     name = openai_gpt_activation(config.afn)
-    nodes: list[Node] = [Embed(tokens, weights["positions_embed.weight"])]
+    nodes: list[Node] = [held.embed()]
     for layer in range(config.n_layer):
         block = f"h.{layer}"
         nodes += [
-            NormQKV(layer, None, conv1d(f"{block}.attn.c_attn")),
+            NormQKV(layer, None, held.conv1d(f"{block}.attn.c_attn")),
             Attention(layer, config.n_head, head_dim, 1.0 / math.sqrt(head_dim)),
-            LinearResidual(conv1d(f"{block}.attn.c_proj")),
-            norm(f"{block}.ln_1"),
-            NormLinearAct(None, conv1d(f"{block}.mlp.c_fc"), name, activation),
-            LinearResidual(conv1d(f"{block}.mlp.c_proj")),
-            norm(f"{block}.ln_2"),
+            LinearResidual(held.conv1d(f"{block}.attn.c_proj")),
+            NormResidual(held.norm(f"{block}.ln_1", eps)),
+            NormLinearAct(None, held.conv1d(f"{block}.mlp.c_fc"), name, activation),
+            LinearResidual(held.conv1d(f"{block}.mlp.c_proj")),
+            NormResidual(held.norm(f"{block}.ln_2", eps)),
         ]
-    lm_head = weights.get("lm_head.weight")
-    nodes.append(Head(None, None if lm_head is None else Linear(lm_head, None)))
+    nodes.append(Head(None, held.head()))
     return Plan(
         nodes=tuple(nodes),
         n_layer=config.n_layer,
         n_head=config.n_head,
         head_dim=head_dim,
         n_embd=config.n_embd,
-        vocab_size=(tokens if lm_head is None else lm_head).size(0),
+        vocab_size=held.vocab_size,
         n_positions=config.n_positions,
-        dtype=tokens.dtype,
-        device=tokens.device,
+        dtype=held.dtype,
+        device=held.device,
     )

@@ -28,6 +28,7 @@ from .outputs import (
     TokenClassifierOutput,
 )
 from .pretrained import PreTrainedModel
+from .quantized import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear, replace_with_quantized
 from .summary import SequenceSummary
 
 __all__ = [
@@ -60,10 +61,14 @@ __all__ = [
     "OpenAIGPTModel",
     "OpenAIGPTPreTrainedModel",
     "PreTrainedModel",
+    "QuantizedConv1D",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
     "QuestionAnsweringModelOutput",
     "SequenceClassifierOutput",
     "SequenceClassifierOutputWithPast",
     "SequenceSummary",
     "TokenClassifierOutput",
     "get_activation",
+    "replace_with_quantized",
 ]

@@ -195,7 +195,7 @@ class GPT2Model(Trunk, GPT2PreTrainedModel):
         return self._finish(return_dict, output)
 
     @property
-    def tables(self) -> tuple[nn.Embedding, nn.Embedding]:
+    def tables(self) -> tuple[Any, nn.Embedding]:
         """``wte`` and ``wpe``."""
         return self.wte, self.wpe
 

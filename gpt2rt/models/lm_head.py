@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .attention import values_readable
 from .inputs import InputRangeError, check_integers
 from .layers import is_plain, project
+from .quantized import QuantizedLinear
 
 IGNORED = -100
 
@@ -73,7 +74,8 @@ def token_logits(head: nn.Module, base: Any, logits_to_keep: int | Tensor = 0) -
     """
     shared, hidden = base.shared_rows, base.last_hidden_state
     everything = isinstance(logits_to_keep, int) and logits_to_keep == 0
-    if shared is not None and shared.whole is hidden and everything and is_plain(head, nn.Linear):
+    plain = is_plain(head, nn.Linear) or is_plain(head, QuantizedLinear)
+    if shared is not None and shared.whole is hidden and everything and plain:
         return project(head, shared.rows)[shared.places].view(*hidden.shape[:-1], -1)
     return project(head, keep_positions(hidden, logits_to_keep))
 

@@ -138,17 +138,15 @@ class OpenAIGPTModel(Trunk, OpenAIGPTPreTrainedModel):
         wanted_states = selected_layers(output_hidden_states, config.n_layer + 1)
         head_masks = layer_head_masks(head_mask, config.n_layer, config.n_head)
 
-        weight = self.tokens_embed.weight
-        *leading_list, seq_len = check_input(input_ids, inputs_embeds, weight.size(0), config.n_embd)
+        device = self.positions_embed.weight.device
+        *leading_list, seq_len = check_input(input_ids, inputs_embeds, self.tokens_embed.num_embeddings, config.n_embd)
         leading = tuple(leading_list)
         batch = math.prod(leading)
         cache, use_cache = self._cache(past_key_values, use_cache, batch)
         past_len = 0 if cache is None else int(cache.get_seq_length())
         positions = self._positions(position_ids, leading, seq_len, past_len)
         token_types = self._token_types(token_type_ids, leading, seq_len)
-        mask = self_attention_mask(
-            attention_mask, leading, seq_len, past_len, config.n_head, None, weight.device, level=True
-        )
+        mask = self_attention_mask(attention_mask, leading, seq_len, past_len, config.n_head, None, device, level=True)
         # every token's own result is wanted where more than the last hidden states is, or a caller's cache grows
         own = output_attentions or wanted_states or past_key_values is not None
         mask = self._lay_out(mask, input_ids, (token_types, positions), (batch, seq_len), past_len, not own)
@@ -181,7 +179,7 @@ class OpenAIGPTModel(Trunk, OpenAIGPTPreTrainedModel):
         return self._finish(return_dict, output)
 
     @property
-    def tables(self) -> tuple[nn.Embedding, nn.Embedding]:
+    def tables(self) -> tuple[Any, nn.Embedding]:
         """``tokens_embed`` and ``positions_embed``."""
         return self.tokens_embed, self.positions_embed
 

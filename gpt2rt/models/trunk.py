@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2rt import ops
+from gpt2rt.quantization.weight import QuantizedWeight
 
 from .attention import AttentionMask
 from .cache import DynamicCache, as_cache
@@ -17,6 +18,7 @@ from .inputs import as_batch, check_ids, check_length
 from .layers import computes_alone, is_plain, is_watched, runs_kernels
 from .outputs import ModelOutput
 from .pretrained import PreTrainedModel
+from .quantized import QuantizedEmbedding, QuantizedLayer, QuantizedLinear
 from .ragged import SharedRows, with_layout
 
 # the layers of torch that the bare models are built from
@@ -31,7 +33,7 @@ def _replaced(module: nn.Module) -> bool:
 
 
 def _replaced_head(head: nn.Module) -> bool:
-    plain = type(head) is nn.Linear and head.bias is None
+    plain = type(head) in (nn.Linear, QuantizedLinear) and head.bias is None
     return not plain or not head.__dict__.keys().isdisjoint(("weight", "bias"))
 
 
@@ -45,11 +47,11 @@ def _not_plain(name: str, module: nn.Module) -> str:
 class DecoderPreTrainedModel(GradientCheckpointing, PreTrainedModel):
     """What all classes of both families share: the weights of the graph, gradient checkpointing, forward's end."""
 
-    def graph_weights(self) -> dict[str, Tensor]:
+    def graph_weights(self) -> dict[str, Tensor | QuantizedWeight]:
         """The weights by their published names, detached: ``h.0.attn.c_attn.weight``, ...
 
         A language model's ``lm_head.weight`` is always there; tied, it shares the memory of the token embedding. Other
-        heads are not part of the graph.
+        heads are not part of the graph. Those of quantised layers are [out_features, in_features] whatever the layer.
 
         Raises:
             ValueError: a layer was replaced by one of another kind, or its weight is computed from others.
@@ -60,9 +62,16 @@ class DecoderPreTrainedModel(GradientCheckpointing, PreTrainedModel):
                 f"{changed}, and a graph knows only the published layers: merge adapters into the weights, make "
                 "pruning and parametrizations permanent, or leave the choice of the executor to gpt2rt"
             )
-        weights = {name: parameter.detach() for name, parameter in self.base_model.named_parameters()}
+        weights: dict[str, Tensor | QuantizedWeight] = {
+            name: parameter.detach() for name, parameter in self.base_model.named_parameters()
+        }
+        for name, module in self.base_model.named_modules():
+            if isinstance(module, QuantizedLayer):
+                weights[f"{name}.weight"] = module.quantized
         head = self.get_output_embeddings()
-        if head is not None:
+        if isinstance(head, QuantizedLayer):
+            weights["lm_head.weight"] = head.quantized
+        elif head is not None:
             weights["lm_head.weight"] = head.get_parameter("weight").detach()
         return weights
 
@@ -97,7 +106,7 @@ class Trunk(nn.Module):
     gradient_checkpointing: dict[str, Any] | None
 
     @property
-    def tables(self) -> tuple[nn.Embedding, nn.Embedding]:
+    def tables(self) -> tuple[Any, nn.Embedding]:
         """The embeddings of tokens and of positions."""
         raise NotImplementedError(f"{type(self).__name__} must define tables")
 
@@ -163,6 +172,10 @@ class Trunk(nn.Module):
                 places.weight,
             )
             hidden = rows.view(batch, seq_len, n_embd)
+        elif is_plain(tokens, QuantizedEmbedding):
+            # added before it is rounded, as the graph does
+            rows = tokens.lookup(input_ids.reshape(batch, seq_len)) + places(positions)
+            hidden = rows.to(places.weight.dtype)
         else:
             hidden = tokens(input_ids.reshape(batch, seq_len)) + places(positions)
         if token_types is not None:

@@ -55,6 +55,9 @@ _TASK_OF_CLASS = {
     "Model": "feature-extraction",
 }
 
+# keywords of from_pretrained that may stand beside the pipeline's own
+_QUANTIZATION_KEYWORDS = ("quantization", "quantization_config", "load_in_4bit", "load_in_8bit")
+
 # where the checkpoint is looked for: keywords of model_kwargs that the config and the tokenizer need too
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "subfolder")
 
@@ -113,7 +116,8 @@ def pipeline(
         device_map: as in ``from_pretrained``; not together with ``device``.
         dtype, torch_dtype: of the weights, as in ``from_pretrained``.
         trust_remote_code: must not be True.
-        model_kwargs: further keywords of ``from_pretrained``.
+        model_kwargs: further keywords of ``from_pretrained``. Those that quantise (``quantization``,
+            ``quantization_config``, ``load_in_4bit``, ``load_in_8bit``) may also be given here directly.
         pipeline_class: instead of the task's own.
         **kwargs: ``batch_size``, and the task's own keywords as defaults of its calls; see the pipeline's class.
     Raises:
@@ -125,6 +129,8 @@ def pipeline(
     refuse_remote_code(trust_remote_code)
     options = dict(model_kwargs or {})
     options |= {name: kwargs.pop(name) for name in _HUB_KEYWORDS if name in kwargs}
+    quantizing = {name: kwargs.pop(name) for name in _QUANTIZATION_KEYWORDS if name in kwargs}
+    options |= {name: value for name, value in quantizing.items() if value is not None}
     for name in ("code_revision", "use_auth_token", "feature_extractor", "image_processor", "processor"):
         if kwargs.pop(name, None) is not None:
             raise ValueError(f"pipeline: {name} is not supported: gpt2rt's models read texts and need no such part")

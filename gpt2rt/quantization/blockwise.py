@@ -72,15 +72,29 @@ def dynamic_map() -> Tensor:
 
 
 def nest_scales(scales: Tensor) -> NestedScales:
-    """Quantise the scales of blocks, [num_blocks] float32."""
+    """Quantise the scales of blocks, [num_blocks] float32, each to the nearest value.
+
+    bitsandbytes' CPU code rounds ``(scale - offset) / absmax`` to one of 65536 steps first, so where that lies next to
+    the midpoint of two values its code may be the other one.
+    """
     offset = scales.mean()
     table = dynamic_map().to(scales.device)
-    codes, absmax = _to_table(scales - offset, table, NESTED_BLOCK_SIZE)
+    count = scales.numel()
+    blocks = F.pad(scales - offset, (0, -count % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks / absmax.clamp(min=_TINY).unsqueeze(1)).view(-1)[:count]
+    codes = torch.bucketize(scaled, _middles(table), out_int32=True)
     return NestedScales(codes.to(torch.uint8), absmax, table, offset)
 
 
-def quantize_blocks(weight: Tensor, scheme: str, block_size: int, *, double_quant: bool = False) -> QuantizedWeight:
-    """A matrix in nf4 or fp4.
+def _middles(table: Tensor) -> Tensor:
+    return (table[:-1] + table[1:]) / 2
+
+
+def quantize_blocks(
+    weight: Tensor, scheme: str, block_size: int, *, double_quant: bool = False
+) -> tuple[QuantizedWeight, NestedScales | None]:
+    """A matrix in nf4 or fp4, and with ``double_quant`` its scales as they are stored.
 
     Args:
         weight: [N, K], finite, any floating dtype and strides.
@@ -90,9 +104,9 @@ def quantize_blocks(weight: Tensor, scheme: str, block_size: int, *, double_quan
     """
     rows, columns = weight.shape
     codes, absmax = quantize_flat(weight.reshape(-1), scheme, block_size)
-    if double_quant:
-        absmax = nest_scales(absmax).dequantize()
-    return from_blocks(codes, absmax, scheme, (rows, columns), block_size)
+    nested = nest_scales(absmax) if double_quant else None
+    scales = absmax if nested is None else nested.dequantize()
+    return from_blocks(codes, scales, scheme, (rows, columns), block_size), nested
 
 
 def quantize_flat(values: Tensor, scheme: str, block_size: int) -> tuple[Tensor, Tensor]:
@@ -101,24 +115,23 @@ def quantize_flat(values: Tensor, scheme: str, block_size: int) -> tuple[Tensor,
     # fp4's table is not sorted, and it has two zeros: zero and what lies just below it get code 0, what lies just
     # above it gets code 8
     order = torch.argsort(table, stable=True)
-    places, absmax = _to_table(values, table[order], block_size)
-    return order.to(torch.uint8)[places.int()], absmax
-
-
-def _to_table(values: Tensor, table: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """For values [n] the places [n] in a sorted ``table`` of the nearest entries, and absmax of the blocks."""
-    middles = (table[:-1] + table[1:]) / 2
+    middles, sorted_codes = _middles(table[order]), order.to(torch.uint8)
     step = max(1, _CHUNK // block_size) * block_size
-    places, scales = [], []
+    codes, scales = [], []
     for start in range(0, values.numel(), step):
         part = values[start : start + step].float()
-        count = part.numel()
-        blocks = F.pad(part, (0, -count % block_size)).view(-1, block_size)
+        rest = part.numel() % block_size
+        blocks = part[: part.numel() - rest].view(-1, block_size)
         absmax = blocks.abs().amax(dim=1)
-        scaled = (blocks * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(1)).clamp_(-1.0, 1.0)
-        places.append(torch.bucketize(scaled.view(-1)[:count], middles, out_int32=True).to(torch.uint8))
+        scaled = (blocks * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(1)).view(-1)
+        if rest:
+            # bitsandbytes divides in the short last block, and keeps its scale above zero
+            last = part[-rest:].abs().amax(dim=0, keepdim=True).clamp(min=_TINY)
+            absmax, scaled = torch.cat([absmax, last]), torch.cat([scaled, part[-rest:] / last])
+        places = torch.bucketize(scaled.clamp_(-1.0, 1.0), middles, out_int32=True)
+        codes.append(sorted_codes[places])
         scales.append(absmax)
-    return torch.cat(places), torch.cat(scales)
+    return torch.cat(codes), torch.cat(scales)
 
 
 def from_blocks(codes: Tensor, absmax: Tensor, scheme: str, shape: tuple[int, int], block_size: int) -> QuantizedWeight:

@@ -54,7 +54,7 @@ def quantize_rtn(weight: Tensor, config: QuantizationConfig, *, scheme: str | No
     check_weight(weight)
     if scheme in ("nf4", "fp4"):
         assert config.group_size is not None
-        return quantize_blocks(weight, scheme, config.group_size, double_quant=config.double_quant)
+        return quantize_blocks(weight, scheme, config.group_size, double_quant=config.double_quant)[0]
     shape, activations = (weight.size(0), weight.size(1)), config.activations
     assert activations is not None
     if scheme == "int8":
@@ -103,8 +103,13 @@ def int8_scales(weight: Tensor) -> Tensor:
     return torch.where(largest < _TINY, 0.0, largest / 127.0)
 
 
+def int8_codes(column: Tensor, scales: Tensor) -> Tensor:
+    """The nearest codes of weights [N] for given ``scales`` [N]: [N] float32 with values -127 to 127."""
+    return (column / torch.where(scales == 0, torch.inf, scales)).round_().clamp_(-127, 127)
+
+
 def _quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """codes [n, K] int8 and scales [n] float32 of rows [n, K] float32."""
+    """Codes [n, K] int8 and scales [n] float32 of rows [n, K] float32."""
     largest = rows.abs().amax(dim=1, keepdim=True)
     inverse = torch.where(largest < _TINY, 0.0, 127.0 / largest)
     return (rows * inverse).round_().clamp_(-127, 127).to(torch.int8), int8_scales(rows)

@@ -39,14 +39,16 @@ class StoredMatrix(ABC):
     Args:
         name: of the weight, as a float checkpoint would call it.
         info: of the tensor with the codes.
+        parts: names of all its tensors, in an order that is the same for all matrices of a layout.
     """
 
     #: after reading: the scales as the file holds them, where they are not those of the weight
     file_scales: Any = None
 
-    def __init__(self, name: str, info: TensorInfo) -> None:
+    def __init__(self, name: str, info: TensorInfo, parts: Iterable[str]) -> None:
         self.name = name
         self.info = info
+        self.parts = tuple(parts)
 
     @abstractmethod
     def check(self, shape: tuple[int, int], scheme: str) -> None:
@@ -98,15 +100,14 @@ class QuantizedCheckpoint(Weights):
         weights: the checkpoint.
         matrices: those of its layout; their tensors disappear from ``infos``, and in their place is
             :attr:`StoredMatrix.info` under the name of the weight.
-        parts: names of the tensors that belong to them.
     """
 
-    def __init__(self, weights: Weights, matrices: Iterable[StoredMatrix], parts: Iterable[str]) -> None:
-        hidden = set(parts)
-        infos = {name: info for name, info in weights.infos.items() if name not in hidden}
+    def __init__(self, weights: Weights, matrices: Iterable[StoredMatrix]) -> None:
         self.matrices = {matrix.name: matrix for matrix in matrices}
+        hidden = {part for matrix in self.matrices.values() for part in matrix.parts}
+        infos = {name: info for name, info in weights.infos.items() if name not in hidden}
         for matrix in self.matrices.values():
-            if matrix.name in infos and matrix.name not in hidden and infos[matrix.name] is not matrix.info:
+            if matrix.name in infos:
                 raise matrix.wrong(
                     f"is the quantised form of {matrix.name!r}, which the checkpoint holds as floats too"
                 )
@@ -118,6 +119,14 @@ class QuantizedCheckpoint(Weights):
     def read(self, name: str) -> Tensor:
         return self.plain.read(name)
 
+    def same(self, first: str, second: str) -> bool:
+        one, other = self.matrices.get(first), self.matrices.get(second)
+        if one is None and other is None:
+            return self.plain.same(first, second)
+        if one is None or other is None or len(one.parts) != len(other.parts):
+            return False
+        return all(self.plain.same(a, b) for a, b in zip(one.parts, other.parts, strict=True))
+
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.plain.__exit__(kind, error, trace)
 
@@ -125,19 +134,11 @@ class QuantizedCheckpoint(Weights):
 class OwnMatrix(StoredMatrix):
     """A matrix in gpt2rt's own layout."""
 
-    def __init__(
-        self,
-        name: str,
-        codes: TensorInfo,
-        scales: TensorInfo | None,
-        zeros: TensorInfo | None,
-        config: QuantizationConfig,
-        keys: tuple[str, ...],
-    ) -> None:
-        super().__init__(name, codes)
-        self._scales, self._zeros, self._config = scales, zeros, config
-        # under which names the parts are read
-        self._keys = keys
+    def __init__(self, name: str, infos: Mapping[str, TensorInfo], config: QuantizationConfig) -> None:
+        keys = (name, name + SCALES, name + ZEROS)
+        super().__init__(name, infos[name], [key for key in keys if key in infos])
+        self._scales, self._zeros = infos.get(keys[1]), infos.get(keys[2])
+        self._config = config
 
     def check(self, shape: tuple[int, int], scheme: str) -> None:
         code_shape, code_dtype = code_layout(scheme, shape)
@@ -164,13 +165,13 @@ class OwnMatrix(StoredMatrix):
         self.require(self._zeros, scale_shape, torch.uint8, hint)
 
     def read(self, weights: Weights, shape: tuple[int, int], scheme: str, check_values: bool) -> QuantizedWeight:
-        codes, scales = weights.read(self._keys[0]), weights.read(self._keys[1])
-        zeros = weights.read(self._keys[2]) if self._zeros is not None else None
-        parts = [codes, scales, *([] if zeros is None else [zeros])]
+        tensors = [weights.read(part) for part in self.parts]
         if weights.borrowed:
             # they stay their owner's
-            codes, scales, *rest = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-            zeros = rest[0] if rest else None
+            tensors = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        codes, scales, zeros = (*tensors, None)[:3]
+        assert codes is not None
+        assert scales is not None
         assert self._config.activations is not None
         group_size = self._config.group_size_of(shape[1], scheme)
         weight = QuantizedWeight(scheme, shape, group_size, codes, scales, zeros, self._config.activations)
@@ -179,12 +180,10 @@ class OwnMatrix(StoredMatrix):
 
 def open_own(weights: Weights, config: QuantizationConfig) -> QuantizedCheckpoint:
     """The quantised weights of a checkpoint in gpt2rt's own layout."""
-    matrices, parts = [], []
-    infos: Mapping[str, TensorInfo] = weights.infos
-    for name, info in infos.items():
-        if not name.endswith(".weight") or (name + SCALES not in infos and info.dtype not in INTEGERS):
-            continue
-        keys = (name, name + SCALES, name + ZEROS)
-        matrices.append(OwnMatrix(name, info, infos.get(keys[1]), infos.get(keys[2]), config, keys))
-        parts += keys
-    return QuantizedCheckpoint(weights, matrices, parts)
+    infos = weights.infos
+    names = [
+        name
+        for name, info in infos.items()
+        if name.endswith(".weight") and (name + SCALES in infos or info.dtype in INTEGERS)
+    ]
+    return QuantizedCheckpoint(weights, [OwnMatrix(name, infos, config) for name in names])

@@ -52,13 +52,14 @@ def _scb_of(name: str) -> str:
     return name.removesuffix("weight") + "SCB"
 
 
-class _FourBit(StoredMatrix):
+class FourBitMatrix(StoredMatrix):
     """A matrix in nf4 or fp4."""
 
-    def __init__(self, name: str, infos: dict[str, TensorInfo], state: dict[str, Any], state_info: TensorInfo) -> None:
-        super().__init__(name, infos[name])
+    def __init__(self, name: str, infos: dict[str, TensorInfo], state: dict[str, Any], state_name: str) -> None:
+        parts = (name, *(f"{name}.{part}" for part in _PARTS), state_name)
+        super().__init__(name, infos[name], [part for part in parts if part in infos])
         self._infos = infos
-        self._state, self._state_info = state, state_info
+        self._state, self._state_info = state, infos[state_name]
 
     def _part(self, part: str) -> TensorInfo:
         info = self._infos.get(f"{self.name}.{part}")
@@ -117,19 +118,20 @@ class _FourBit(StoredMatrix):
         return self.checked(from_blocks(codes, absmax, scheme, shape, self.block_size), check_values)
 
 
-class _EightBit(StoredMatrix):
+class EightBitMatrix(StoredMatrix):
     """A matrix in int8."""
 
     def __init__(self, name: str, infos: dict[str, TensorInfo], activations: str) -> None:
-        super().__init__(name, infos[name])
-        self._scb = _scb_of(name)
+        self._scb, self._format = _scb_of(name), name + _FORMAT
+        super().__init__(name, infos[name], [part for part in (name, self._scb, self._format) if part in infos])
         self._scb_info = infos.get(self._scb)
-        self._format = name + _FORMAT
         self._format_info = infos.get(self._format)
         self._activations = activations
 
     def check(self, shape: tuple[int, int], scheme: str) -> None:
-        self.require(self.info, shape, torch.int8, f": config.json says {scheme} for it")
+        if scheme != "int8":
+            raise self.wrong(f"holds int8 without a quant_state, but config.json says {scheme}")
+        self.require(self.info, shape, torch.int8)
         if self._scb_info is None:
             raise self.wrong(f"has no scales: {self._scb!r} is missing; the checkpoint is incomplete")
         self.require(self._scb_info, (shape[0],), torch.float32)
@@ -158,13 +160,10 @@ def open_bitsandbytes(weights: Weights, config: QuantizationConfig) -> Quantized
     """
     infos = dict(weights.infos)
     matrices: list[StoredMatrix] = []
-    hidden: list[str] = []
     states = {stem: name for name in infos for stem, found, _ in [name.partition(_STATE)] if found}
     for name, info in infos.items():
         if name in states:
-            state_name = states[name]
-            matrices.append(_FourBit(name, infos, _read_state(weights, state_name), infos[state_name]))
-            hidden += [name, state_name, *(f"{name}.{part}" for part in _PARTS)]
+            matrices.append(FourBitMatrix(name, infos, _read_state(weights, states[name]), states[name]))
         elif f"{name}.absmax" in infos:
             raise CheckpointError(
                 f"{info.path}: tensor {info.name!r} has no quant_state: {name + _STATE + 'nf4'!r} (or fp4) is missing; "
@@ -172,9 +171,8 @@ def open_bitsandbytes(weights: Weights, config: QuantizationConfig) -> Quantized
             )
         elif name.endswith(".weight") and info.dtype == torch.int8:
             assert config.activations is not None
-            matrices.append(_EightBit(name, infos, config.activations))
-            hidden += [name, _scb_of(name), name + _FORMAT]
-    return QuantizedCheckpoint(weights, matrices, hidden)
+            matrices.append(EightBitMatrix(name, infos, config.activations))
+    return QuantizedCheckpoint(weights, matrices)
 
 
 def _read_state(weights: Weights, name: str) -> dict[str, Any]:
@@ -195,7 +193,12 @@ def _read_state(weights: Weights, name: str) -> dict[str, Any]:
 
 
 def bitsandbytes_tensors(
-    name: str, weight: QuantizedWeight, file_scales: NestedScales | Tensor | None, block_size: int, dtype: torch.dtype
+    name: str,
+    weight: QuantizedWeight,
+    file_scales: NestedScales | Tensor | None,
+    block_size: int,
+    dtype: torch.dtype,
+    storage: torch.dtype = torch.uint8,
 ) -> dict[str, Tensor]:
     """The tensors of one weight in bitsandbytes' layout.
 
@@ -205,6 +208,7 @@ def bitsandbytes_tensors(
         file_scales: the scales as a file of bitsandbytes held them; taken where they still give the weight's own.
         block_size: of nf4 and fp4: elements of the flattened matrix that share a scale.
         dtype: that the model computes with.
+        storage: of nf4 and fp4: what the bytes of the codes are called.
     Raises:
         ValueError: bitsandbytes has no such format, or scales differ within a block.
     """
@@ -217,6 +221,11 @@ def bitsandbytes_tensors(
     if weight.scheme not in CODEBOOK_SCHEMES:
         raise ValueError(f"{name} is {weight.scheme}, but bitsandbytes has nf4, fp4 and int8; use gpt2rt's own layout")
     codes, absmax = to_blocks(weight, block_size)
+    data = pack_4bit(codes)
+    if data.numel() % storage.itemsize:
+        raise ValueError(
+            f"{name} has {data.numel()} bytes of codes, which cannot be stored as {storage}; use torch.uint8"
+        )
     state: dict[str, Any] = {
         "quant_type": weight.scheme,
         "blocksize": block_size,
@@ -224,10 +233,10 @@ def bitsandbytes_tensors(
         "shape": list(weight.shape),
     }
     tensors = {
-        name: pack_4bit(codes).view(-1, 1),
+        name: data.view(storage).view(-1, 1),
         f"{name}.absmax": absmax,
-        # a tensor of its own: safetensors writes none twice
-        f"{name}.quant_map": codebook(weight.scheme).clone(),
+        # a tensor of its own, since safetensors writes none twice; fp4 has two zeros, bitsandbytes stores both as +0
+        f"{name}.quant_map": codebook(weight.scheme) + 0.0,
     }
     if isinstance(file_scales, NestedScales) and torch.equal(file_scales.dequantize(), absmax):
         tensors |= {

@@ -3,7 +3,7 @@
 For a linear layer with K inputs and N outputs, in groups of G inputs (G = K if group_size is -1):
 
     name.qweight  [K / 8, N] int32: codes of 8 inputs, the first in the lowest 4 bits
-    name.qzeros   [ceil(K / G), N / 8] int32: zero points of 8 outputs likewise, minus 1 in "gptq", as they are in "gptq_v2"
+    name.qzeros   [ceil(K / G), N / 8] int32: zero points of 8 outputs likewise; "gptq" stores them less 1
     name.scales   [ceil(K / G), N] float16
     name.g_idx    [K] int32, the group of each input; it may be absent: k // G
 
@@ -49,7 +49,8 @@ class GPTQMatrix(StoredMatrix):
     def __init__(
         self, stem: str, infos: dict[str, TensorInfo], group_size: int, zero_offset: int, activations: str
     ) -> None:
-        super().__init__(f"{stem}.weight", infos[f"{stem}.qweight"])
+        present = [f"{stem}.{part}" for part in _PARTS if f"{stem}.{part}" in infos]
+        super().__init__(f"{stem}.weight", infos[f"{stem}.qweight"], present)
         self._infos = {part: infos.get(f"{stem}.{part}") for part in _PARTS}
         self._stem, self._group_size, self._zero_offset = stem, group_size, zero_offset
         self._activations = activations
@@ -64,7 +65,9 @@ class GPTQMatrix(StoredMatrix):
     def check(self, shape: tuple[int, int], scheme: str) -> None:
         rows, columns = shape
         if rows % 8 or columns % 8:
-            raise self.wrong(f"is for a layer of {columns} inputs and {rows} outputs, which 8 codes a number cannot hold")
+            raise self.wrong(
+                f"is for a layer of {columns} inputs and {rows} outputs, which 8 codes a number cannot hold"
+            )
         _, groups = self._groups_of(columns)
         hint = f" for a layer of {columns} inputs and {rows} outputs with group_size = {self._group_size}"
         self.require(self.info, (columns // 8, rows), torch.int32, hint)
@@ -79,7 +82,9 @@ class GPTQMatrix(StoredMatrix):
             elif part != "g_idx":
                 raise self.wrong(f"has no {part}: '{self._stem}.{part}' is missing; the checkpoint is incomplete")
 
-    def read(self, weights: Weights, shape: tuple[int, int], scheme: str, check_values: bool) -> QuantizedWeight | Tensor:
+    def read(
+        self, weights: Weights, shape: tuple[int, int], scheme: str, check_values: bool
+    ) -> QuantizedWeight | Tensor:
         rows, columns = shape
         size, groups = self._groups_of(columns)
         # [K / 8, N, 8] to [N, K]
@@ -92,7 +97,9 @@ class GPTQMatrix(StoredMatrix):
         if order is not None:
             stored = weights.read(f"{self._stem}.g_idx").long()
             if int(stored.min()) < 0 or int(stored.max()) >= groups:
-                raise self.wrong(f"holds {int(stored.min())} to {int(stored.max())}, expected groups 0 to {groups - 1}", order)
+                raise self.wrong(
+                    f"holds {int(stored.min())} to {int(stored.max())}, expected groups 0 to {groups - 1}", order
+                )
             self.is_reordered = not torch.equal(stored, index)
             index = stored
         if self.is_reordered:
@@ -103,15 +110,10 @@ class GPTQMatrix(StoredMatrix):
         part = next((g for g in reversed(INT4_GROUP_SIZES) if size % g == 0 or size == columns), 0)
         assert part
         places = torch.arange(0, columns, part) // size
-        weight = QuantizedWeight(
-            "int4",
-            shape,
-            part,
-            pack_4bit(codes),
-            scales[:, places].contiguous(),
-            zeros[:, places].contiguous(),
-            self._activations,
-        )
+        # 8 everywhere is what None means
+        points = None if bool((zeros == 8).all()) else zeros[:, places].contiguous()
+        packed, factors = pack_4bit(codes), scales[:, places].contiguous()
+        weight = QuantizedWeight("int4", shape, part, packed, factors, points, self._activations)
         return self.checked(weight, check_values)
 
 
@@ -120,4 +122,4 @@ def open_gptq(weights: Weights, group_size: int, zero_offset: int, activations: 
     infos = dict(weights.infos)
     stems = [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
     matrices = [GPTQMatrix(stem, infos, group_size, zero_offset, activations) for stem in stems]
-    return QuantizedCheckpoint(weights, matrices, [f"{stem}.{part}" for stem in stems for part in _PARTS])
+    return QuantizedCheckpoint(weights, matrices)
