@@ -1,249 +1,308 @@
-"""How fast does a GPT-2 decode on this CPU, beside transformers, and how far from what the memory allows?
+"""How fast does a GPT-2 run on this CPU, beside every other program for that, and how far from what memory allows?
 
-    python benchmarks/cpu_decode.py                      # GPT-2 124M, all peers, 5 rounds
+    python benchmarks/cpu_decode.py                      # GPT-2 124M, all peers that are installed, 5 rounds
     python benchmarks/cpu_decode.py --shape tiny --rounds 1 --new-tokens 8
+    python benchmarks/cpu_decode.py --peers 'gpt2rt-*,ort-int4' --peer-python onnx_genai=/path/to/venv/bin/python
+    python benchmarks/cpu_decode.py --profile            # where the time of gpt2rt's own steps goes
 
-Every peer is a process of its own (so that peak memory is its own) which loads the same random checkpoint and calls
-``model.generate`` with a streamer; the clock is read when the streamer is handed a token. The peers take turns, one
-``generate`` each a round, in an order that rotates, and none computes while another is measured. Reported: time to
-the first token, time between tokens, peak resident memory, and the share of the floor: bytes of weights that a token
-must read, over the read bandwidth measured in the same run.
+Every peer is a process of its own which loads the same random checkpoint, in a format of its own where it has one
+(cpu_peers/ holds a file for each family: how it is installed, converted and run). Peers whose packages are absent are
+named and left out; their dependencies exclude each other, so a family may be given another interpreter. Measured are
+decoding, batch 1 and 8, as the time between tokens, and prefill, as the time from a prompt to its first token, logits
+of the last position. In each round every peer runs once, in an order that rotates, and none computes while another is
+measured. Peers stay loaded while memory lasts; those for which it does not are started anew each round.
+
+Reported: median and 10th percentile; speed as a ratio to the fastest other program whose weights are as wide; the share
+of the floor, which is the bytes of weights that this peer's step reads over the read bandwidth measured in the same
+run; peak resident memory. cpu_report.py prints the tables of a result again, or draws it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fnmatch
 import itertools
-import json
 import os
 import pathlib
-import resource
-import subprocess
 import sys
 import tempfile
 import time
 
-SHAPES = {
-    "124M": dict(n_layer=12, n_embd=768, n_head=12, vocab_size=50257, n_positions=1024),
-    "355M": dict(n_layer=24, n_embd=1024, n_head=16, vocab_size=50257, n_positions=1024),
-    "overhead": dict(n_layer=12, n_embd=32, n_head=2, vocab_size=97, n_positions=1024, bos_token_id=0, eos_token_id=0),
-    "tiny": dict(n_layer=2, n_embd=64, n_head=2, vocab_size=97, n_positions=256, bos_token_id=0, eos_token_id=0),
-}
-PEERS = {
-    "gpt2rt-fp32": ("gpt2rt", "float32", None),
-    "gpt2rt-bf16": ("gpt2rt", "bfloat16", None),
-    "hf-eager-fp32": ("transformers", "float32", "eager"),
-    "hf-sdpa-fp32": ("transformers", "float32", "sdpa"),
-    "hf-sdpa-bf16": ("transformers", "bfloat16", "sdpa"),
-}
+from bandwidth import read_bandwidth
+from common import describe, summary, write_json
+from cpu_peers import PEERS, NotInstalledError, PeerFailedError, PeerProcess
+from cpu_report import details, overview, plot
+from shapes import SHAPES, prefill_operations, random_checkpoint, step_bytes
+
+# threads of some runtimes spin this long after their last work; so long nobody else is measured
+SETTLE_S = 0.25
 
 
-class Clock:
-    """A streamer that only notes when it was handed something: first the prompt, then each token."""
+class Scenario:
+    """What a peer is asked for: rows of a prompt, new tokens, and which of the times count."""
 
-    def __init__(self):
-        self.times = []
+    def __init__(self, name: str, num_rows: int, prompt_tokens: int, new_tokens: int, vocab_size: int) -> None:
+        self.name, self.prompt_tokens, self.new_tokens = name, prompt_tokens, new_tokens
+        self.is_decode = name.startswith("decode")
+        self.prompts = [
+            [(7919 * i + 13 + 31 * row) % vocab_size for i in range(prompt_tokens)] for row in range(num_rows)
+        ]
 
-    def put(self, value):
-        self.times.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-
-def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def worker(peer: str, checkpoint: str, threads: int) -> None:
-    """Load once, then answer each line of standard input with the times of one ``generate``."""
-    import torch
-
-    torch.set_num_threads(threads)
-    library, dtype, attention = PEERS[peer]
-    start = time.perf_counter()
-    options = {"dtype": getattr(torch, dtype)}
-    if library == "gpt2rt":
-        from gpt2rt import GPT2LMHeadModel
-    else:
-        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-        from transformers import GPT2LMHeadModel
-
-        options["attn_implementation"] = attention
-    model = GPT2LMHeadModel.from_pretrained(checkpoint, **options)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    load_s = time.perf_counter() - start
-    print(json.dumps({"load_s": load_s}), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        ids = torch.tensor([request["prompt"]])
-        clock = Clock()
-        with torch.no_grad():
-            start = time.perf_counter()
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=request["new_tokens"],
-                do_sample=False,
-                streamer=clock,
-            )
-        times = clock.times[1:]  # the first put is the prompt
-        answer = {
-            "ttft_ms": (times[0] - start) * 1e3,
-            "itl_ms": [(b - a) * 1e3 for a, b in itertools.pairwise(times)],
-            "tokens": out[0, ids.shape[1] :].tolist(),
-            "peak_megabytes": peak_megabytes(),
-        }
-        print(json.dumps(answer), flush=True)
+    def samples(self, times_ms: list[float]) -> list[float]:
+        """Milliseconds between tokens; or, for prefill, to the first."""
+        if not self.is_decode:
+            return times_ms[:1]
+        return [later - earlier for earlier, later in itertools.pairwise(times_ms)]
 
 
-class Peer:
-    """One worker process."""
+def scenarios(arguments: argparse.Namespace, shape: dict) -> list[Scenario]:
+    vocab_size, room = shape["vocab_size"], shape["n_positions"]
+    decodes = [
+        Scenario(f"decode-{rows}", rows, arguments.prompt_tokens, arguments.new_tokens, vocab_size)
+        for rows in arguments.batch_sizes
+    ]
+    lengths = [length for length in arguments.prefill if length < room]
+    if arguments.prefill and not lengths:
+        # a shape with few positions has a prefill too
+        lengths = [room // 2]
+    return decodes + [Scenario(f"prefill-{length}", 1, length, 1, vocab_size) for length in lengths]
 
-    def __init__(self, name: str, checkpoint: str, threads: int):
-        self.name = name
-        command = [sys.executable, __file__, "--worker", name, "--checkpoint", checkpoint, "--threads", str(threads)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.load_s = self._read()["load_s"]
-        self.ttft: list[float] = []
-        self.itl: list[float] = []
-        self.tokens: list[int] = []
-        self.peak = 0.0
 
-    def _read(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} died with exit code {self.process.wait()}; see its message above")
-        return json.loads(line)
+class Row:
+    """One peer and what was measured of it."""
 
-    def run(self, prompt: list[int], new_tokens: int, keep: bool) -> None:
-        self.process.stdin.write(json.dumps({"prompt": prompt, "new_tokens": new_tokens}) + "\n")
-        self.process.stdin.flush()
-        answer = self._read()
-        self.peak, self.tokens = answer["peak_megabytes"], answer["tokens"]
+    def __init__(self, name: str, process: PeerProcess) -> None:
+        self.name, self.process = name, process
+        self.stays_loaded = True
+        self.about: dict = {}
+        self.samples: dict[str, list[float]] = {}
+        self.first_token_ms: dict[str, list[float]] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.peak_megabytes = 0.0
+
+    def run(self, scenario: Scenario, *, keep: bool) -> None:
+        time.sleep(SETTLE_S)
+        answer = self.process.ask(scenario.prompts, scenario.new_tokens)
+        self.peak_megabytes = max(self.peak_megabytes, answer["peak_megabytes"])
+        self.tokens[scenario.name] = answer["tokens"][0]
         if keep:
-            self.ttft.append(answer["ttft_ms"])
-            self.itl += answer["itl_ms"]
+            self.samples.setdefault(scenario.name, []).extend(scenario.samples(answer["times_ms"]))
+            self.first_token_ms.setdefault(scenario.name, []).append(answer["times_ms"][0])
+
+
+def choose(patterns: str) -> list[str]:
+    """Names of peers that match one of the comma-separated patterns; without any, all that start quickly."""
+    if not patterns:
+        return [name for name, peer in PEERS.items() if not peer.slow_start]
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    for pattern in wanted:
+        if not fnmatch.filter(PEERS, pattern):
+            raise SystemExit(f"no peer is named {pattern!r}; there are {', '.join(PEERS)}")
+    return [name for name in PEERS if any(fnmatch.fnmatch(name, pattern) for pattern in wanted)]
+
+
+def interpreters(settings: list[str]) -> dict[str, str]:
+    """``family=python`` settings as a dict; families may be named without ``_peer``."""
+    families = {peer.family.removesuffix("_peer"): peer.family for peer in PEERS.values()}
+    chosen = {}
+    for setting in settings:
+        family, _, python = setting.partition("=")
+        family = family.removesuffix("_peer")
+        if family not in families or not python:
+            raise SystemExit(
+                f"--peer-python {setting!r}: expected FAMILY=PYTHON with a family of {', '.join(families)}"
+            )
+        chosen[families[family]] = python
+    return chosen
+
+
+def available_bytes() -> int:
+    for line in pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable")
+
+
+class Benchmark:
+    """The peers of one run; ``left_out`` says why the others are not among them."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: pathlib.Path) -> None:
+        self.arguments, self.shape = arguments, SHAPES[arguments.shape]
+        self.scenarios = scenarios(arguments, self.shape)
+        self.left_out: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.rows: list[Row] = []
+        self.bandwidth: dict[int, list[float]] = {}
+        checkpoint = folder / f"checkpoint-{arguments.shape}"
+        if not checkpoint.is_dir():
+            random_checkpoint(self.shape, str(checkpoint))
+        pythons = interpreters(arguments.peer_python)
+        for name in choose(arguments.peers):
+            process = PeerProcess(
+                name,
+                python=pythons.get(PEERS[name].family, sys.executable),
+                checkpoint=str(checkpoint),
+                converted=folder / f"{arguments.shape}-{name}",
+                threads=arguments.threads,
+            )
+            self.rows.append(Row(name, process))
+
+    @contextlib.contextmanager
+    def _guard(self, row: Row):
+        """Leave a peer out from here on if it cannot go on."""
+        try:
+            yield
+        except NotInstalledError as error:
+            self.left_out[row.name] = f"not installed: {error}"
+        except PeerFailedError as error:
+            self.failed[row.name] = str(error)
+
+    @property
+    def alive(self) -> list[Row]:
+        return [row for row in self.rows if row.name not in self.left_out and row.name not in self.failed]
+
+    def start(self) -> None:
+        """Convert for all, then load as many as memory holds."""
+        for row in self.rows:
+            say(f"preparing {row.name}")
+            with self._guard(row):
+                row.process.convert()
+        # float32 weights, a copy in another order, a cache, a runtime
+        need = 3 * step_bytes(self.shape, (32, 32)) + (1 << 30)
+        for row in self.alive:
+            row.stays_loaded = available_bytes() > need
+            if row.stays_loaded:
+                say(f"loading {row.name}")
+                with self._guard(row):
+                    row.about = row.process.start()
+
+    def round(self, number: int) -> None:
+        """Every peer runs every scenario once; round 0 warms up."""
+        for scenario in self.scenarios:
+            for row in rotated([row for row in self.alive if row.stays_loaded], number):
+                with self._guard(row):
+                    row.run(scenario, keep=number > 0)
+        for row in rotated([row for row in self.alive if not row.stays_loaded], number):
+            with self._guard(row):
+                row.about = row.process.start()
+                for keep in (False, number > 0):
+                    # the first time warms up
+                    for scenario in self.scenarios:
+                        row.run(scenario, keep=keep)
+                row.process.close()
+        for size in {step_bytes(self.shape, PEERS[row.name].bits) for row in self.alive}:
+            self.bandwidth.setdefault(size, []).extend(read_bandwidth(size, self.arguments.threads))
+
+    def result(self) -> dict:
+        content = {
+            "machine": describe(),
+            "arguments": {
+                key: str(value) if isinstance(value, pathlib.Path) else value
+                for key, value in vars(self.arguments).items()
+            },
+            "shape": self.shape,
+            "left_out": self.left_out,
+            "failed": self.failed,
+            "peers": {},
+        }
+        for row in self.alive:
+            peer = PEERS[row.name]
+            size = step_bytes(self.shape, peer.bits)
+            bandwidth = summary(self.bandwidth[size])
+            measured = {}
+            for scenario in self.scenarios:
+                times = summary(row.samples[scenario.name])
+                entry = {"ms": times, "tokens": row.tokens[scenario.name]}
+                if scenario.is_decode:
+                    entry["tokens_per_s"] = len(scenario.prompts) * 1e3 / times["median"]
+                    entry["first_token_ms"] = summary(row.first_token_ms[scenario.name])
+                else:
+                    operations = prefill_operations(self.shape, scenario.prompt_tokens)
+                    entry["gflop_per_s"] = operations / times["median"] / 1e6
+                measured[scenario.name] = entry
+            content["peers"][row.name] = {
+                "family": peer.family,
+                "width": peer.width,
+                "bits": list(peer.bits),
+                "step_megabytes": size / 1e6,
+                "bandwidth_gb_per_s": {key: bandwidth[key] / 1e9 for key in ("median", "p90")},
+                # the bandwidth that the machine gave in most readings, not its best
+                "floor_ms": size / bandwidth["median"] * 1e3,
+                "scenarios": measured,
+                "peak_megabytes": row.peak_megabytes,
+                "load_s": row.about["load_s"],
+                "versions": row.about["versions"],
+                "stayed_loaded": row.stays_loaded,
+            }
+        return content
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        for row in self.rows:
+            row.process.close()
 
 
-def read_bandwidth(num_bytes: int, threads: int) -> float:
-    """Bytes a second of reading a buffer of this size once, the best of several ``torch.sum``."""
-    import torch
-
-    torch.set_num_threads(threads)
-    buffer = torch.ones(max(num_bytes // 4, 1 << 20), dtype=torch.float32)
-    best = 0.0
-    for _ in range(7):
-        start = time.perf_counter()
-        buffer.sum()
-        best = max(best, buffer.numel() * 4 / (time.perf_counter() - start))
-    return best
+def rotated(rows: list[Row], by: int) -> list[Row]:
+    turn = by % max(len(rows), 1)
+    return rows[turn:] + rows[:turn]
 
 
-def weight_count(shape: dict) -> int:
-    """Matrix weights that one token reads: the layers' four matrices and the head."""
-    return 12 * shape["n_layer"] * shape["n_embd"] ** 2 + shape["vocab_size"] * shape["n_embd"]
-
-
-def random_checkpoint(shape: dict, folder: str) -> None:
-    import torch
-
-    from gpt2rt import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder)
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    from common import describe, summary
-
-    shape = SHAPES[arguments.shape]
-    names = arguments.peers.split(",") if arguments.peers else list(PEERS)
-    with tempfile.TemporaryDirectory() as folder:
-        random_checkpoint(shape, folder)
-        peers = [Peer(name, folder, arguments.threads) for name in names]
-    prompt = [(7919 * i + 13) % shape["vocab_size"] for i in range(arguments.prompt_tokens)]
-    for round_number in range(arguments.rounds + 1):  # round 0 warms up
-        turn = round_number % len(peers)
-        for peer in peers[turn:] + peers[:turn]:
-            peer.run(prompt, arguments.new_tokens, keep=round_number > 0)
-    for peer in peers:
-        peer.close()
-    weights = weight_count(shape)
-    result = {"machine": describe(), "arguments": vars(arguments), "shape": shape, "peers": {}}
-    for peer in peers:
-        size = 2 if peer.name.endswith("bf16") else 4
-        bandwidth = read_bandwidth(weights * size, arguments.threads)
-        itl = summary(peer.itl)
-        result["peers"][peer.name] = {
-            "ttft_ms": summary(peer.ttft),
-            "itl_ms": itl,
-            "tokens_per_s": 1e3 / itl["median"],
-            "peak_megabytes": peer.peak,
-            "load_s": peer.load_s,
-            "bandwidth_gb_per_s": bandwidth / 1e9,
-            "floor_ms": weights * size / bandwidth * 1e3,
-            "tokens": peer.tokens,
-        }
-    return result
+    with contextlib.ExitStack() as stack:
+        folder = arguments.models or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        benchmark = Benchmark(arguments, folder)
+        stack.callback(benchmark.close)
+        benchmark.start()
+        for number in range(arguments.rounds + 1):
+            say(f"round {number} of {arguments.rounds}, {len(benchmark.alive)} peers" + " (warm-up)" * (number == 0))
+            benchmark.round(number)
+        if not benchmark.alive:
+            raise SystemExit(f"no peer ran: {benchmark.left_out | benchmark.failed}")
+        return benchmark.result()
 
 
-def report(result: dict) -> None:
-    peers = result["peers"]
-    base = next((name for name in ("hf-sdpa-fp32", "hf-eager-fp32") if name in peers), next(iter(peers)))
-    print(
-        f"\n{result['arguments']['shape']}, {result['arguments']['threads']} threads, "
-        f"{result['machine']['cpu']}, {result['machine']['isa']}; ratio = tokens/s over {base}\n"
-    )
-    print(
-        f"{'peer':16s} {'tok/s':>8s} {'ratio':>6s} {'itl p10/p50 ms':>17s} {'x floor':>8s} {'ttft ms':>8s} "
-        f"{'peak MB':>8s} {'load s':>7s} {'same':>7s}"
-    )
-    for name, row in peers.items():
-        same = next(
-            (i for i, (a, b) in enumerate(zip(row["tokens"], peers[base]["tokens"], strict=True)) if a != b),
-            len(row["tokens"]),
-        )
-        print(
-            f"{name:16s} {row['tokens_per_s']:8.1f} {row['tokens_per_s'] / peers[base]['tokens_per_s']:6.2f} "
-            f"{row['itl_ms']['p10']:8.2f}/{row['itl_ms']['median']:8.2f} {row['itl_ms']['p10'] / row['floor_ms']:8.2f} "
-            f"{row['ttft_ms']['median']:8.1f} {row['peak_megabytes']:8.0f} {row['load_s']:7.2f} "
-            f"{same:3d}/{len(row['tokens']):3d}"
-        )
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="124M")
-    parser.add_argument("--peers", default="", help=f"comma-separated; all: {','.join(PEERS)}")
+    parser.add_argument("--peers", default="", help=f"comma-separated names or patterns; there are {', '.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="of a prompt before decoding")
     parser.add_argument("--new-tokens", type=int, default=65)
+    parser.add_argument("--batch-sizes", type=numbers, default=[1, 8], help="of decoding, such as 1,8")
+    parser.add_argument("--prefill", type=numbers, default=[512, 1000], help="lengths of prompts; '' for none")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--peer-python", action="append", default=[], metavar="FAMILY=PYTHON")
+    parser.add_argument("--models", type=pathlib.Path, help="keep checkpoints and converted models in this folder")
     parser.add_argument("--output-json", type=pathlib.Path)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
+    parser.add_argument("--output-png", type=pathlib.Path)
+    parser.add_argument("--profile", action="store_true", help="only gpt2rt: time and bytes of each node of a step")
     arguments = parser.parse_args()
-    if arguments.worker:
-        worker(arguments.worker, arguments.checkpoint, arguments.threads)
-        return
-    from common import write_json
+    if arguments.rounds < 1 or arguments.new_tokens < 3:
+        parser.error("at least 1 round and 3 new tokens are needed: the first two give one time between tokens")
+    if arguments.profile:
+        from cpu_profile import profile_formats
 
-    output = arguments.output_json
-    arguments.output_json = str(output) if output else None
+        profiles = profile_formats(arguments.shape, choose(arguments.peers or "gpt2rt-*"), arguments)
+        if arguments.output_json:
+            write_json(arguments.output_json, {"machine": describe(), "shape": arguments.shape, "profiles": profiles})
+        return
     result = measure(arguments)
-    report(result)
-    if output:
-        write_json(output, result)
-        print(f"\nwritten to {output}")
+    print(overview(result), details(result), sep="\n\n")
+    if arguments.output_json:
+        write_json(arguments.output_json, result)
+    if arguments.output_png:
+        plot(result, arguments.output_png)
+    if any(name.startswith("gpt2rt") for name in result["failed"]):
+        raise SystemExit("gpt2rt itself failed, see above")
 
 
 if __name__ == "__main__":
