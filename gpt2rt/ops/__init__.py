@@ -5,6 +5,7 @@ from .activation import bias_gelu_new
 from .attention import paged_decode_attention, paged_prefill_attention, write_kv
 from .block_pool import block_pool_allocate, block_pool_free, block_pool_incref, new_block_pool
 from .embedding import embedding
+from .fingerprint import FINGERPRINT_KEY_BYTES, fingerprint
 from .linear import PANEL, linear, linear_gelu_new, linear_residual, pack_linear, packed_linear_bytes
 from .norm import add_layer_norm, layer_norm
 from .quantized import has_kernel, pack_quantized, packed_quantized_bytes, quantized_linear
@@ -15,6 +16,7 @@ __all__ = [
     "CPU_ISAS",
     "MAX_SCORES",
     "MAX_TOP",
+    "FINGERPRINT_KEY_BYTES",
     "PANEL",
     "WEIGHT_UNIT",
     "ExtensionStatus",
@@ -29,6 +31,7 @@ __all__ = [
     "cpu_step_workspace_bytes",
     "embedding",
     "extension_status",
+    "fingerprint",
     "has_kernel",
     "layer_norm",
     "linear",
