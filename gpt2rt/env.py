@@ -15,6 +15,9 @@ import sys
 SETTINGS = {
     "GPT2RT_CPU_ISA": "force a lower instruction set: avx512_bf16, avx512_vnni, avx512, avx2 or portable",
     "GPT2RT_NUM_THREADS": "threads of the C++ kernels; default: torch's number",
+    "GPT2RT_CACHE": "folder of packed weights, by default ~/.cache/gpt2rt",
+    "GPT2RT_PACKED_CACHE": "0 keeps no packed weights between processes",
+    "GPT2RT_PACKED_CACHE_BYTES": "the most that packed weights may take on disk; default: 10 GiB",
     "GPT2RT_REQUIRE_CPP": "1 makes a missing C++ extension an error",
     "GPT2RT_LOG": "debug shows tracebacks on the command line",
     "HF_HUB_OFFLINE": "1 forbids downloads",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import warnings
 import weakref
@@ -32,6 +33,8 @@ class _Runtime:
         self.executors: dict[str | None, Executor] = {}
         self.preferred: str | None = None
         self.warned_of: str | None = None
+        # the weights are as they were loaded
+        self.from_files = False
         self._identity: Any = None
         self._samples: list[list[Tensor]] = []
         self._content: Any = None
@@ -80,6 +83,15 @@ def _samples(parameters: list[Tensor]) -> list[list[Tensor]]:
     return list(alike.values())
 
 
+def note_loaded(model: Any) -> None:
+    """Note that a model's weights are now those of a checkpoint's files; forgotten when they change."""
+    with _LOCK:
+        runtime = _RUNTIMES.setdefault(model, _Runtime())
+    with runtime.lock:
+        runtime.weights_changed(model)
+        runtime.from_files = True
+
+
 def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> Executor:
     """The executor that runs a model's generation steps.
 
@@ -102,6 +114,7 @@ def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> 
         if runtime.weights_changed(model) or rebuild:
             # the old ones go first: both together might not fit
             runtime.executors.clear()
+            runtime.from_files = False
         wanted = chosen = name or runtime.preferred
         changed = model.changed_layer() if wanted is None else None
         if changed is not None:
@@ -110,7 +123,11 @@ def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> 
                 warnings.warn(f"{changed}, so generate() runs modules one by one, slower than its graph", stacklevel=4)
         runtime.warned_of = changed
         if wanted not in runtime.executors:
-            executor = ModuleExecutor(model) if wanted == MODULES else make_executor(model.build_graph(), wanted)
+            if wanted == MODULES:
+                executor: Executor = ModuleExecutor(model)
+            else:
+                plan = dataclasses.replace(model.build_graph(), from_files=runtime.from_files)
+                executor = make_executor(plan, wanted)
             runtime.executors[wanted] = runtime.executors.setdefault(executor.name, executor)
         # only now: a choice that cannot run this model is not kept
         runtime.preferred = chosen

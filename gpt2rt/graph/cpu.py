@@ -25,6 +25,7 @@ from gpt2rt.quantization import QuantizedWeight
 
 from .batch import StepBatch, StepOutput
 from .executor import check_step
+from .packed_cache import open_cache
 from .plan import (
     Attention,
     Embed,
@@ -92,6 +93,13 @@ class _Packed:
     offset: int
     num_bytes: int
     source: Tensor | QuantizedWeight
+
+    def tensors(self) -> list[Tensor]:
+        """What is packed."""
+        source = self.source
+        if not isinstance(source, QuantizedWeight):
+            return [source]
+        return [tensor for tensor in (source.codes, source.scales, source.zeros) if tensor is not None]
 
     def write(self, arena: Tensor) -> None:
         out = arena[self.offset : self.offset + self.num_bytes]
@@ -237,7 +245,26 @@ class _Encoder:
                 width = {} if node.linear else {5: self.n_embd}
                 self._row(_HEAD, self._norm(node.norm), self._linear(node.linear), width)
 
-    def fill(self) -> Tensor:
+    def table(self) -> Tensor:
+        """The plan's rows [num_nodes, fields] int64."""
+        return torch.tensor(self.rows, dtype=torch.int64)
+
+    def arena(self, plan: Plan) -> Tensor:
+        """All that is packed, from the cache of packed weights if it is there."""
+        cache = open_cache(self.size) if plan.from_files else None
+        if cache is None:
+            return self._fill()
+        sources = [vector.source for vector in self.vectors]
+        for packed in self.packed:
+            sources += packed.tensors()
+        key = cache.key(self.table(), sources)
+        arena = cache.load(key, self.size)
+        if arena is None:
+            arena = self._fill()
+            cache.store(key, arena)
+        return arena
+
+    def _fill(self) -> Tensor:
         arena = allocate_arena(max(self.size, 64))
         for vector in self.vectors:
             end = vector.offset + vector.source.numel() * 4
@@ -250,7 +277,8 @@ class _Encoder:
 class CpuExecutor:
     """Runs steps of a plan in C++.
 
-    The weights are packed here, once: later changes of the model's tensors are not seen. Embedding tables are read
+    The weights are packed here, once, or come packed from an earlier process (packed_cache.py): later changes of the
+    model's tensors are not seen. Embedding tables are read
     from the model's own tensors.
 
     Args:
@@ -281,8 +309,8 @@ class CpuExecutor:
         self.num_threads = num_threads
         self.arithmetic = arithmetic or default_arithmetic()
         encoder = _Encoder(plan, self.arithmetic)
-        self._table = torch.tensor(encoder.rows, dtype=torch.int64)
-        self._arena = encoder.fill()
+        self._table = encoder.table()
+        self._arena = encoder.arena(plan)
         embed = plan.nodes[0]
         assert isinstance(embed, Embed)
         # a quantised table lies in the arena

@@ -108,6 +108,7 @@ class Plan:
         dtype: dtype of norms, biases, positions and of the weights that are not quantised or have a dtype of their own
             (and of the KV cache unless the caller chooses another).
         device: where the weights live.
+        from_files: the weights are as they were loaded, so what is made of them may be kept for other processes.
     """
 
     nodes: tuple[Node, ...]
@@ -119,6 +120,7 @@ class Plan:
     n_positions: int
     dtype: torch.dtype
     device: torch.device
+    from_files: bool = False
 
 
 def with_positions(plan: Plan, wpe: Tensor) -> Plan:
