@@ -7,6 +7,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# tests leave nothing in the home folder; those of the cache itself turn it on in a folder of their own
+os.environ["GPT2RT_PACKED_CACHE"] = "0"
 
 
 @pytest.fixture(scope="session")

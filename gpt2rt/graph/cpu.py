@@ -153,6 +153,7 @@ class _Encoder:
         self._places: dict[int, dict[int, int]] = {}
         for node in plan.nodes:
             self._encode(node)
+        self.size = max(self.size, 64)
 
     def _reserve(self, num_bytes: int) -> int:
         offset = self.size
@@ -265,7 +266,7 @@ class _Encoder:
         return arena
 
     def _fill(self) -> Tensor:
-        arena = allocate_arena(max(self.size, 64))
+        arena = allocate_arena(self.size)
         for vector in self.vectors:
             end = vector.offset + vector.source.numel() * 4
             arena[vector.offset : end].view(torch.float32).copy_(vector.source)

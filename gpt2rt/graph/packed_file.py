@@ -8,8 +8,13 @@ A payload comes into memory in one of two ways. If the kernel maps the file with
 arena: nothing is copied or allocated, processes share it, and steps read it as fast as memory of their own. Else it is
 read into an arena of anonymous 2 MiB pages: mapped with 4 KiB pages it would be there sooner, but every later step
 would pay for the address translation. Which of the two it is the kernel says (Linux 6.7 and later; an older one is
-taken not to). Linux gives a file such pages if its file system has large folios (ext4 since 6.16, xfs, btrfs, tmpfs) and
-the file was written in large pieces or read under ``MADV_HUGEPAGE``; both are done here.
+taken not to). Linux gives a file such pages if its file system has large folios (ext4 since 6.16, xfs, btrfs) and the
+file was written in large pieces or read under ``MADV_HUGEPAGE``; both are done here.
+
+Measured with 472 MiB of fp32 weights, in the page cache, on ext4 and Linux 6.18, EPYC Zen 4 virtual machine: mapping
+0.4 ms, 23 ms for the check included; reading 60 to 800 ms, the more the less of its memory the host had at hand. A
+decode step of GPT-2 124M on 2 threads took 14.6 ms from the mapping, 14.6 ms from an arena, 15.0 ms from a mapping with
+4 KiB pages. From the disk, either took 0.2 s.
 
 A mapped file that shrinks kills the process that reads it. These files never do: they are written under another name
 and renamed, and removed only as a whole, which leaves mappings alone. On network file systems another machine's removal
@@ -155,8 +160,8 @@ def _map(descriptor: int, num_bytes: int, device: int) -> Tensor | None:
         return None
     # the tensor keeps the mapping alive
     payload = torch.frombuffer(memory, dtype=torch.uint8)
-    # the end is rarely a whole page, and one 4 KiB stretch more does no harm
-    return payload if _huge_bytes(payload) >= num_bytes // 16 * 15 else None
+    # the end is rarely a whole page, and what was read again after memory was short is in smaller ones
+    return payload if 2 * _huge_bytes(payload) >= num_bytes else None
 
 
 def _huge_bytes(memory: Tensor) -> int:

@@ -22,6 +22,7 @@ def row_cases():
     yield OPS.linear_gelu_new, (x, torch.randn(24, 7).t(), torch.randn(7))
     yield OPS.linear_residual, (x, torch.randn(7, 24), None, torch.randn(5, 7))
     yield OPS.pack_linear, (torch.randn(7, 24), aligned_bytes(64 * 24 * 4))
+    yield OPS.fingerprint_blocks, (torch.ones(5000, dtype=torch.uint8), torch.ones(4096, dtype=torch.uint8))
 
 
 def cache_cases():
