@@ -258,7 +258,7 @@ class _Encoder:
         sources = [vector.source for vector in self.vectors]
         for packed in self.packed:
             sources += packed.tensors()
-        key = cache.key(self.table(), sources)
+        key = cache.key(self.table().numpy().tobytes(), sources)
         arena = cache.load(key, self.size)
         if arena is None:
             arena = self._fill()

@@ -104,16 +104,16 @@ class PackedCache:
     def _path(self, key: bytes) -> Path:
         return self.folder / f"{key.hex()}.pack"
 
-    def key(self, table: Tensor, sources: Iterable[Tensor]) -> bytes:
-        """32 bytes that stand for an arena: what is packed, and how.
+    def key(self, recipe: bytes, sources: Iterable[Tensor]) -> bytes:
+        """32 bytes that stand for what is made from some tensors.
 
         Args:
-            table: the plan's rows [num_nodes, fields] int64, which say where each source goes and in which format.
-            sources: in the order of packing; on CPU.
+            recipe: how it is made: for an arena the plan's table, which says where each source goes and in which
+                format.
+            sources: in an order that the recipe decides; on CPU.
         """
-        digest = hashlib.sha256(repr((1, version(), ops.cpu_isa(), list(table.shape))).encode())
-        digest.update(_extension_digest())
-        digest.update(ops.fingerprint(table, self._key))
+        digest = hashlib.sha256(repr((1, version(), ops.cpu_isa(), len(recipe))).encode())
+        digest.update(_extension_digest() + recipe)
         for source in sources:
             # the bytes as they lie in memory, whichever dimension is contiguous
             transposed = source.dim() == 2 and not source.is_contiguous() and source.t().is_contiguous()
@@ -122,8 +122,11 @@ class PackedCache:
             digest.update(ops.fingerprint(plain, self._key))
         return digest.digest()
 
-    def load(self, key: bytes, num_bytes: int) -> Tensor | None:
-        """The entry of a key: [num_bytes] uint8, aligned to 64 bytes; None if there is none that can be used."""
+    def load(self, key: bytes, num_bytes: int | None) -> Tensor | None:
+        """The entry of a key: [num_bytes] uint8, aligned to 64 bytes; None if there is none that can be used.
+
+        ``num_bytes`` is None where only the entry itself tells.
+        """
         path = self._path(key)
         try:
             payload = packed_file.read(path, num_bytes, key, self._key)

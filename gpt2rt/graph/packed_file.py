@@ -90,12 +90,12 @@ def write(path: Path, payload: Tensor, key: bytes, secret: Tensor) -> None:
         os.close(descriptor)
 
 
-def read(path: Path, num_bytes: int, key: bytes, secret: Tensor) -> Tensor:
+def read(path: Path, num_bytes: int | None, key: bytes, secret: Tensor) -> Tensor:
     """The payload of a file, every byte of it checked.
 
     Args:
         path: where it is.
-        num_bytes: expected length of the payload.
+        num_bytes: expected length of the payload; None: as long as it is.
         key: 32 bytes, what the payload should be.
         secret: key of the fingerprint.
     Returns:
@@ -109,8 +109,10 @@ def read(path: Path, num_bytes: int, key: bytes, secret: Tensor) -> Tensor:
     try:
         status = os.fstat(descriptor)
         check_owned(status, stat.S_ISREG)
-        if status.st_size != num_bytes + TRAILER_BYTES:
-            raise UnusableFileError(f"it has {status.st_size} bytes, expected {num_bytes + TRAILER_BYTES}")
+        if num_bytes is None:
+            num_bytes = status.st_size - TRAILER_BYTES
+        if num_bytes < 1 or status.st_size != num_bytes + TRAILER_BYTES:
+            raise UnusableFileError(f"it has {status.st_size} bytes, expected {max(num_bytes, 1) + TRAILER_BYTES}")
         trailer = os.pread(descriptor, TRAILER_BYTES, num_bytes)
         fields, digest = trailer[: _FIELDS.size], trailer[_FIELDS.size :]
         if hashlib.sha256(fields).digest() != digest:

@@ -29,6 +29,7 @@ from gpt2rt.checkpoint.resolve import Source
 from gpt2rt.checkpoint.weights import RenamedWeights, TensorWeights, Weights, open_weights
 from gpt2rt.config import PretrainedConfig, refuse_remote_code
 from gpt2rt.errors import CheckpointError, ConfigError, RequestError
+from gpt2rt.generation.runtime import note_loaded
 
 from .empty import NoFill, no_init_weights
 from .quantized_loading import (
@@ -238,6 +239,8 @@ class LoadingModel(SavingModel):
         model._set_generation_config(generation_config, source, raw_config)
         model.eval()
         cls._report(match, weights.where, model)
+        if state_dict is None and not fresh and model.can_generate():
+            note_loaded(model)
         if output_loading_info:
             return model, {
                 "missing_keys": set(fresh),

@@ -28,6 +28,7 @@ from gpt2rt.quantization.weight import QuantizedWeight
 
 from .layers import Conv1D
 from .quantized import QuantizedConv1D, quantized_form, weight_shape
+from .rounded_weights import RoundedWeights
 
 # formats of embeddings that are narrower floats
 _NARROW = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -203,6 +204,7 @@ class QuantizedFill:
             self.config, self.face = asked.config, asked.face
         self._formats: dict[str, str] = {}
         self._matrices: Mapping[str, StoredMatrix] = getattr(weights, "matrices", {})
+        self._rounded: list[RoundedWeights] = []
         self.check(match)
 
     def _owner(self, key: str) -> tuple[str, nn.Module]:
@@ -273,10 +275,11 @@ class QuantizedFill:
         self, match: Match, dtype: torch.dtype, device: torch.device, check_finite: bool
     ) -> dict[str, Callable[[], None]]:
         """Key -> what gives the layer its quantised weight."""
+        rounded = self._open_rounded(match)
 
         def job(key: str, name: str) -> Callable[[], None]:
             def fill() -> None:
-                value, file_scales = self._value(key, name, check_finite)
+                value, file_scales = self._value(key, name, check_finite, rounded)
                 owner, module = self._owner(key)
                 if name in self._matrices and isinstance(value, Tensor):
                     # no format here holds it exactly: floats, in the layer's own orientation
@@ -296,7 +299,25 @@ class QuantizedFill:
             key: job(key, name) for key, name in match.sources.items() if name in self._matrices or key in self._formats
         }
 
-    def _value(self, key: str, name: str, check_finite: bool) -> tuple[QuantizedWeight | Tensor, Any]:
+    def _open_rounded(self, match: Match) -> RoundedWeights | None:
+        """The codes that an earlier process found for these floats; None where none are kept."""
+        if self._stored is not None or self.config is None or self._weights.borrowed:
+            return None
+        # nested scales are kept in their file's form as well, which is not stored
+        nested = self.config.scheme if self.config.double_quant else None
+        forms = {
+            key: (name, self._formats[key], isinstance(self._owner(key)[1], Conv1D))
+            for key, name in match.sources.items()
+            if key in self._formats and self._formats[key] not in (*_NARROW, nested)
+        }
+        rounded = RoundedWeights.open(self._weights, forms, self.config)
+        if rounded is not None:
+            self._rounded.append(rounded)
+        return rounded
+
+    def _value(
+        self, key: str, name: str, check_finite: bool, rounded: RoundedWeights | None
+    ) -> tuple[QuantizedWeight | Tensor, Any]:
         """The weight [out_features, in_features], and the scales as bitsandbytes' files hold them."""
         assert self.config is not None
         form = self._formats[key]
@@ -304,6 +325,8 @@ class QuantizedFill:
         if name in self._matrices:
             matrix = self._matrices[name]
             return matrix.read(self._weights, weight_shape(module), form, check_finite), matrix.file_scales
+        if rounded is not None and key in rounded.found:
+            return rounded.found[key], None
         tensor = read_finite(self._weights, name, check_finite)
         info = self._weights.infos[name]
         if form in _NARROW:
@@ -312,12 +335,17 @@ class QuantizedFill:
         try:
             if form == self.config.scheme and self.config.double_quant:
                 return _nested(matrix_floats, self.config)
-            return quantize_rtn(matrix_floats, self.config, scheme=form), None
+            weight = quantize_rtn(matrix_floats, self.config, scheme=form)
+            if rounded is not None:
+                rounded.add(key, weight)
+            return weight, None
         except ValueError as error:
             raise CheckpointError(f"{info.path}: tensor {info.name!r} cannot be quantised: {error}") from None
 
     def finish(self) -> None:
         """Note in the model how it is quantised now."""
+        for rounded in self._rounded:
+            rounded.store()
         model, config, face = self._model, self.config, self.face
         if config is None:
             return

@@ -18,7 +18,7 @@ from gpt2rt.graph.packed_file import TRAILER_BYTES, UnusableFileError
 
 pytestmark = pytest.mark.skipif(not ops.extension_status().loaded, reason="the C++ extension is not built")
 
-TABLE = torch.arange(32).view(2, 16)
+RECIPE = b"how it is made"
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 
 
@@ -92,19 +92,20 @@ def logits(model):
 
 
 def test_what_was_stored_is_loaded(cache, folder):
-    key, payload = cache.key(TABLE, new_sources()), new_payload()
+    key, payload = cache.key(RECIPE, new_sources()), new_payload()
     assert cache.load(key, 5000) is None
     assert cache.store(key, payload)
     assert torch.equal(cache.load(key, 5000), payload)
     assert torch.equal(PackedCache(folder).load(key, 5000), payload)
+    assert torch.equal(cache.load(key, None), payload)
     assert cache.load(key, 4999) is None
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_the_key_is_the_content(cache, monkeypatch):
     sources = new_sources()
-    key = cache.key(TABLE, sources)
-    assert cache.key(TABLE.clone(), [source.clone() for source in sources]) == key
+    key = cache.key(RECIPE, sources)
+    assert cache.key(bytes(RECIPE), [source.clone() for source in sources]) == key
     others = {
         "one weight": [sources[0] + torch.eye(24, 40) * 1e-6, sources[1]],
         "order": sources[::-1],
@@ -113,42 +114,42 @@ def test_the_key_is_the_content(cache, monkeypatch):
         "dtype": [sources[0].view(torch.int32), sources[1]],
         "rows and columns swapped": [sources[0].view(40, 24).t(), sources[1]],
     }
-    keys = {name: cache.key(TABLE, other) for name, other in others.items()}
-    keys["table"] = cache.key(TABLE + 1, sources)
+    keys = {name: cache.key(RECIPE, other) for name, other in others.items()}
+    keys["recipe"] = cache.key(RECIPE[:-1], sources)
     with monkeypatch.context() as patch:
         patch.setattr(packed_cache, "version", lambda: "0.0.1")
-        keys["version"] = cache.key(TABLE, sources)
+        keys["version"] = cache.key(RECIPE, sources)
     with monkeypatch.context() as patch:
         patch.setattr(ops, "cpu_isa", lambda: "another")
-        keys["isa"] = cache.key(TABLE, sources)
+        keys["isa"] = cache.key(RECIPE, sources)
     with monkeypatch.context() as patch:
         patch.setattr(packed_cache, "_extension_digest", lambda: bytes(32))
-        keys["extension"] = cache.key(TABLE, sources)
+        keys["extension"] = cache.key(RECIPE, sources)
     assert len({key, *keys.values()}) == 1 + len(keys), keys
 
 
 def test_transposed_views_are_hashed_without_a_copy_and_strided_ones_with(cache, monkeypatch):
     whole = torch.randn(16, 10)
-    assert cache.key(TABLE, [whole.t()]) == cache.key(TABLE, [whole.clone().t()])
-    assert cache.key(TABLE, [whole[::2]]) == cache.key(TABLE, [whole[::2].clone()])
+    assert cache.key(RECIPE, [whole.t()]) == cache.key(RECIPE, [whole.clone().t()])
+    assert cache.key(RECIPE, [whole[::2]]) == cache.key(RECIPE, [whole[::2].clone()])
 
 
 def test_folders_have_secrets_of_their_own(cache, folder, tmp_path):
     other = PackedCache(tmp_path / "other")
-    assert other.key(TABLE, new_sources()) != cache.key(TABLE, new_sources())
+    assert other.key(RECIPE, new_sources()) != cache.key(RECIPE, new_sources())
     assert stat.S_IMODE((folder / "secret").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("damage", ["short", "readable by others"])
 def test_a_damaged_secret_is_drawn_anew(cache, folder, damage):
-    key = cache.key(TABLE, new_sources())
+    key = cache.key(RECIPE, new_sources())
     if damage == "short":
         (folder / "secret").write_bytes(b"short")
     else:
         (folder / "secret").chmod(0o644)
     again = PackedCache(folder)
-    assert again.key(TABLE, new_sources()) != key
-    assert PackedCache(folder).key(TABLE, new_sources()) == again.key(TABLE, new_sources())
+    assert again.key(RECIPE, new_sources()) != key
+    assert PackedCache(folder).key(RECIPE, new_sources()) == again.key(RECIPE, new_sources())
 
 
 def test_a_folder_that_others_may_write_to_is_not_used(folder, monkeypatch, caplog):
@@ -163,7 +164,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(folder, monkeypatch, capl
 
 
 def test_a_damaged_entry_is_ignored_and_written_anew(cache, caplog):
-    key, payload = cache.key(TABLE, new_sources()), new_payload()
+    key, payload = cache.key(RECIPE, new_sources()), new_payload()
     assert cache.store(key, payload)
     (path,) = packs(cache.folder)
     data = bytearray(path.read_bytes())
@@ -242,7 +243,7 @@ def _work(folder, barrier, results, key, size):
         cache.store(key, payload)
         found = cache.load(key, size)
         good += found is not None and bool(torch.equal(found, payload))
-    results.put((good, cache.key(TABLE, new_sources())))
+    results.put((good, cache.key(RECIPE, new_sources())))
 
 
 def test_processes_at_once_read_whole_files(folder):
