@@ -39,7 +39,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 # of from_pretrained: name -> why any value gives the same
 WITHOUT_EFFECT: dict[str, str] = {
     "_fast_init": "loaded weights are never initialised first",
-    "disable_mmap": "weights are read into their own memory, never mapped",
     "low_cpu_mem_usage": "models are always built empty and filled tensor by tensor",
     "resume_download": "downloads always resume",
     "use_kernels": "gpt2rt always uses its own kernels",

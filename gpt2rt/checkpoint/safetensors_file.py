@@ -4,8 +4,9 @@
     N bytes   JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__": strings
     the rest  the tensors' data; offsets count from here, without gaps or overlaps
 
-Source: the format's description at github.com/huggingface/safetensors. Data is read, not mapped: a mapped file that
-shrinks while a model uses it kills the process, and reading into the parameter's memory needs no second copy either.
+Source: the format's description at github.com/huggingface/safetensors. Data is read, not mapped, unless the caller of
+``from_pretrained`` asks for that: a mapped file that shrinks while a model uses it kills the process, and reading into
+the parameter's memory needs no second copy either.
 """
 
 import io

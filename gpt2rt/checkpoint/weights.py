@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import mmap
 import os
 import re
 import zipfile
@@ -47,6 +48,9 @@ class Weights:
         """
         raise NotImplementedError(f"{type(self).__name__} must define read(name)")
 
+    def map_files(self) -> None:
+        """From now on let tensors be views of the files themselves where the format allows it."""
+
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors have one shape and the same values."""
         return self.infos[first].shape == self.infos[second].shape and torch.equal(self.read(first), self.read(second))
@@ -64,22 +68,53 @@ class FileWeights(Weights):
     def __init__(self, infos: dict[str, TensorInfo], where: str) -> None:
         super().__init__(infos, where)
         self._files: dict[Path, io.FileIO] = {}
+        self._maps: dict[Path, mmap.mmap] | None = None
         self._stamps = {path: _stamp(path) for path in {info.path for info in infos.values()}}
+
+    def map_files(self) -> None:
+        self._maps = {}
 
     def read(self, name: str) -> Tensor:
         info = self.infos[name]
+        mapped = None if self._maps is None else self._view(info, self._maps)
+        if mapped is not None:
+            return mapped
         tensor = torch.empty(info.shape, dtype=info.dtype)
         self._read_into(info, tensor)
         return tensor
 
-    def _read_into(self, info: TensorInfo, out: Tensor) -> None:
-        file = self._files.get(info.path)
+    def _view(self, info: TensorInfo, maps: dict[Path, mmap.mmap]) -> Tensor | None:
+        """The tensor as a view of its file; None if it has no elements or lies at an odd address."""
+        if not info.nbytes or info.begin % info.dtype.itemsize:
+            return None
+        memory = maps.get(info.path)
+        if memory is None:
+            try:
+                # private: writing to a weight changes no file
+                memory = mmap.mmap(self._open(info.path).fileno(), 0, access=mmap.ACCESS_COPY)
+            # ValueError: the file is empty by now
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{info.path} cannot be mapped: {error}; pass disable_mmap=True") from error
+            maps[info.path] = memory
+        if info.begin + info.nbytes > len(memory):
+            raise CheckpointError(
+                f"{info.path} became shorter while it was being read; load it again once it is complete"
+            )
+        # each tensor has a storage of its own, and keeps the mapping alive
+        count = info.nbytes // info.dtype.itemsize
+        return torch.frombuffer(memory, dtype=info.dtype, count=count, offset=info.begin).view(info.shape)
+
+    def _open(self, path: Path) -> io.FileIO:
+        file = self._files.get(path)
         if file is None:
             try:
-                file = self._files[info.path] = open_file(info.path)
+                file = self._files[path] = open_file(path)
             except OSError as error:
-                raise CheckpointError(f"{info.path} cannot be opened: {error}") from error
-        read_into(file, info, out)
+                raise CheckpointError(f"{path} cannot be opened: {error}") from error
+        return file
+
+    def _read_into(self, info: TensorInfo, out: Tensor) -> None:
+        read_into(self._open(info.path), info, out)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file was replaced or written to since its header was read."""
@@ -91,6 +126,8 @@ class FileWeights(Weights):
         for file in self._files.values():
             file.close()
         self._files.clear()
+        if self._maps is not None:
+            self._maps.clear()
         if kind is None:
             self.check_unchanged()
 
@@ -153,6 +190,9 @@ class RenamedWeights(Weights):
                     f"{weights.where}: key_mapping renames both {self._names[new]!r} and {old!r} to {new!r}"
                 )
             self._names[new], self.infos[new] = old, info
+
+    def map_files(self) -> None:
+        self._weights.map_files()
 
     def read(self, name: str) -> Tensor:
         return self._weights.read(self._names[name])

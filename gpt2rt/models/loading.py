@@ -123,6 +123,7 @@ class LoadingModel(SavingModel):
         quantization_config: Any = None,
         load_in_4bit: bool | None = None,
         load_in_8bit: bool | None = None,
+        disable_mmap: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """A model with the weights of a checkpoint, in evaluation mode.
@@ -159,6 +160,10 @@ class LoadingModel(SavingModel):
             quantization_config: the same as an object or a dictionary in the shape of transformers'
                 ``BitsAndBytesConfig``.
             load_in_4bit, load_in_8bit: True means ``BitsAndBytesConfig`` with this one field.
+            disable_mmap: None or True: weights are read into memory of their own. False: those of safetensors files
+                are private views of the files, so that loading takes neither time nor memory and processes share it;
+                but whoever then writes into such a file changes the weights, and whoever cuts it off kills the
+                process. Replacing a file by renaming, as ``save_pretrained`` does, is harmless.
             **kwargs: fields that override the config.
         Raises:
             CheckpointError: (an OSError) files are missing, unreachable, damaged, or do not fit config and class.
@@ -201,6 +206,8 @@ class LoadingModel(SavingModel):
             weights = open_weights(source, use_safetensors, variant, from_tf, from_flax, file_names(stored))
         if key_mapping:
             weights = RenamedWeights(weights, key_mapping)
+        if disable_mmap is False:
+            weights.map_files()
         with weights:
             if stored is not None:
                 weights = open_stored(weights, stored)

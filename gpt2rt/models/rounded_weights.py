@@ -111,9 +111,12 @@ def _unpack(packed: Tensor) -> Iterator[tuple[str, QuantizedWeight]]:
     start = 8 + int.from_bytes(view[:8], "little")
     for key, (scheme, shape, group_size, activations, places) in json.loads(bytes(view[8:start])).items():
         rows_and_columns = (shape[0], shape[1])
-        layouts = {"codes": code_layout(scheme, rows_and_columns)}
-        layouts["scales"] = scale_layout(scheme, rows_and_columns, group_size)
-        layouts["zeros"] = layouts["scales"][0], torch.uint8
+        scales = scale_layout(scheme, rows_and_columns, group_size)
+        layouts = {
+            "codes": code_layout(scheme, rows_and_columns),
+            "scales": scales,
+            "zeros": (scales[0], torch.uint8),
+        }
         tensors = {}
         for part, offset in places.items():
             sizes, dtype = layouts[part]
