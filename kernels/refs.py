@@ -152,7 +152,8 @@ def quantize_heads_ref(x: Tensor) -> tuple[Tensor, Tensor]:
     finite = wide.isfinite().all(dim=-1)
     amax = wide.abs().amax(dim=-1)
     some = finite & (amax >= 1e-30)
-    factor = torch.where(some, 127.0 / amax, 0.0)
+    # 127.0 / amax would be amax.reciprocal() * 127.0, which rounds twice
+    factor = torch.where(some, torch.full_like(amax, 127.0) / amax, 0.0)
     codes = torch.round(torch.where(some[..., None], wide, 0.0) * factor[..., None])
     scales = torch.where(some, amax / 127.0, 0.0)
     return codes.to(torch.int8), torch.where(finite, scales, math.nan)

@@ -148,3 +148,58 @@ def test_dtype_and_shape():
     assert cache.value_cache(1).data_ptr() == cache.data[1, 1].data_ptr()
     assert cache.blocks_for(16) == 1
     assert cache.blocks_for(17) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
+def test_what_was_written_is_read_and_survives_forks(dtype):
+    cache = PagedKVCache(2, 3, 5, 8, block_size=8, dtype=dtype)
+    sequence = Sequence(cache)
+    keys, values = torch.randn(2, 2, 11, 3, 5).unbind(0)  # [n_layer, tokens, n_head, head_dim]
+    slots = torch.tensor(sequence.append(11))
+    for layer in range(2):
+        cache.write(layer, keys[layer], values[layer], slots)
+    expected = torch.stack([keys, values], dim=1).transpose(2, 3)  # [n_layer, 2, n_head, tokens, head_dim]
+    close = {"rtol": 2**-7, "atol": 0.02 if dtype == torch.int8 else 1e-6}
+
+    def read(of):
+        return cache.read(torch.tensor([of.blocks]), of.length, torch.float32)[:, :, 0]
+
+    before = read(sequence)
+    assert before.dtype == torch.float32
+    torch.testing.assert_close(before, expected, **close)
+    child = sequence.fork()
+    slot = torch.tensor(child.append(1))
+    for layer in range(2):
+        # a hundred times as large: a scale that is shared by mistake would show
+        cache.write(layer, 100 * keys[layer, :1], 100 * values[layer, :1], slot)
+    assert torch.equal(read(sequence), before)
+    assert torch.equal(read(child)[:, :, :, :11], before)
+    torch.testing.assert_close(read(child)[:, :, :, 11], 100 * expected[:, :, :, 0], rtol=2**-7, atol=2.0)
+    child.truncate(9)
+    assert torch.equal(read(child), before[:, :, :, :9])
+
+
+def test_an_int8_cache_has_a_scale_for_each_token_and_head():
+    cache = PagedKVCache(3, 2, 64, 4, dtype=torch.int8)
+    assert cache.data.shape == (3, 2, 4, 2, 16, 64)
+    assert cache.scales.shape == (3, 2, 4, 2, 16)
+    assert cache.scales.dtype == torch.float32
+    assert cache.key_scales(1).data_ptr() == cache.scales[1, 0].data_ptr()
+    assert cache.value_scales(1).data_ptr() == cache.scales[1, 1].data_ptr()
+    # 68 bytes instead of 256 for a head
+    assert "0.1 MB" in repr(cache)
+    plain = PagedKVCache(3, 2, 64, 4)
+    assert plain.scales is None
+    assert plain.key_scales(0) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, torch.int32, torch.bool], ids=str)
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(TypeError, match="a KV cache cannot be .*; choose float32, float16, bfloat16 or int8"):
+        PagedKVCache(1, 1, 1, 1, dtype=dtype)
+
+
+def test_large_caches_lie_on_huge_pages():
+    cache = PagedKVCache(2, 2, 64, 256, dtype=torch.bfloat16)
+    assert cache.data.data_ptr() % (2 * 1024 * 1024) == 0
+    assert cache.data.is_contiguous()

@@ -144,6 +144,7 @@ def test_prompt_from_stdin(run, checkpoint, monkeypatch, tmp_path, one_sentence)
         (("generate", "x", "--executor", "fast"), "--executor must be one of"),
         (("generate", "x", "--num-beams", "0"), "num_beams must be an integer from 1"),
         (("generate", "x", "--context-policy", "hope"), "context_policy must be"),
+        (("generate", "x", "--kv-cache-dtype", "int4"), "kv_cache_dtype must be one of .*int8"),
         (("generate", "x", "--set", "frob=1"), "frob"),
         (("generate", "x", "--set", "penalty_alpha=0.6"), "penalty_alpha"),
         (("generate", "x", "--set", "=1"), "--set takes NAME=VALUE"),
@@ -231,6 +232,13 @@ def test_any_field_can_be_set(run, checkpoint):
     assert result["new_tokens"] == 18
     assert stop not in result["text"]
     assert json.loads(run(*arguments, "--set", f"stop_strings={stop}")[1])["text"] == plain[: plain.index(stop)]
+
+
+def test_int8_cache(run, checkpoint):
+    arguments = ("generate", "aaaa", "-m", checkpoint, "--greedy", "-n", 9, "--json")
+    code, out, _ = run(*arguments, "--kv-cache-dtype", "int8")
+    assert (code, json.loads(out)["new_tokens"]) == (0, 9)
+    assert run(*arguments, "--set", "cache_implementation=quantized")[1].split('"load_s"')[0] == out.split('"load_s"')[0]
 
 
 def test_drafts_do_not_change_the_text(run, checkpoint):

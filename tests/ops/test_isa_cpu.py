@@ -16,6 +16,7 @@ NUMERICAL = [
     "test_linear_cpu.py",
     "test_quantized_linear_cpu.py",
     "test_attention_cpu.py",
+    "test_attention_int8_cpu.py",
     "test_cpu_step.py",
 ]
 # from the best down

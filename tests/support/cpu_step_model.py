@@ -167,10 +167,11 @@ class StepModel:
 
     def reset_cache(self) -> None:
         c = self.config
-        # what was never written must never be read
-        self.kv_cache = torch.full(
-            (c.n_layer, 2, c.num_blocks, c.n_head, c.block_size, c.head_dim), math.nan, dtype=c.cache_dtype
-        )
+        # what was never written must never be read; an int8 cache has its NaN in the scales
+        shape = (c.n_layer, 2, c.num_blocks, c.n_head, c.block_size, c.head_dim)
+        scaled = c.cache_dtype == torch.int8
+        self.kv_cache = torch.full(shape, 77 if scaled else math.nan, dtype=c.cache_dtype)
+        self.kv_scales = torch.full(shape[:-1], math.nan) if scaled else None
 
     def batch(self, chunks: list[tuple[list[int], int]], blocks: list[list[int]]) -> dict[str, Tensor]:
         """Inputs of a step over ``chunks``: (tokens, number of tokens already in the cache) for each sequence."""
@@ -212,6 +213,8 @@ class StepModel:
             "logits": torch.full((num_logits if c.head else 0, c.vocab_size), math.nan),
             "hidden": torch.full((num_logits if hidden else 0, c.n_embd), math.nan),
             "num_threads": num_threads,
+            "times": None,
+            "kv_scales": self.kv_scales,
         }
 
     def step(self, batch: dict[str, Tensor], *, hidden: bool = False, num_threads: int = 1) -> tuple[Tensor, Tensor]:
@@ -222,10 +225,16 @@ class StepModel:
 
     def run(self, tokens: list[int], blocks: list[int], chunk: int | None = None, num_threads: int = 1) -> Tensor:
         """Logits of all positions of one sequence, computed ``chunk`` tokens at a time: [len(tokens), vocab_size]."""
+        return self.run_from(0, tokens, blocks, chunk, num_threads)
+
+    def run_from(
+        self, start: int, tokens: list[int], blocks: list[int], chunk: int | None = None, num_threads: int = 1
+    ) -> Tensor:
+        """The same for the positions from ``start`` on; those before are in the cache."""
         chunk = chunk or len(tokens)
         parts = [
             self.step(self.batch([(tokens[i : i + chunk], i)], [blocks]), num_threads=num_threads)[0]
-            for i in range(0, len(tokens), chunk)
+            for i in range(start, len(tokens), chunk)
         ]
         return torch.cat(parts)
 

@@ -239,8 +239,10 @@ inline float softmax_row(float* scores, int64_t n, float& maximum) {
 
 // scores[i] *= scales[i] for i < n <= kGroup
 inline void scale_scores(float* scores, const float* scales, int64_t n) {
-  for_vectors(n,
-              [=](int64_t i, int lanes) { store(scores + i, mul(load(scores + i), load_lanes(scales + i, lanes))); });
+  // what lies behind belongs to the next group
+  for_vectors(n, [=](int64_t i, int lanes) {
+    store_lanes(scores + i, mul(load(scores + i), load_lanes(scales + i, lanes)), lanes);
+  });
 }
 
 // (total, max, sum) <- merge of (total, max, sum) and of a split's
