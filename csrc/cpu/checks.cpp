@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include <vector>
+
 namespace gpt2rt {
 
 std::string shape_text(const Tensor& t) {
@@ -91,6 +93,44 @@ void check_vector(const char* op, const char* name, const Tensor& t, int64_t n, 
                "], the last dimension of ", x_name, " ", shape_text(x));
   check_same_dtype(op, name, t, x_name, x);
   check_contiguous(op, name, t);
+}
+
+namespace {
+
+struct Span {
+  const char* name;
+  const char* begin;
+  const char* end;
+};
+
+// from the first byte of a tensor to its last; strides are not negative
+Span span_of(const Named& named) {
+  if (named.tensor == nullptr) return {named.name, nullptr, nullptr};
+  const Tensor& t = *named.tensor;
+  const char* begin = static_cast<const char*>(t.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) == 0) return {named.name, begin, begin};
+    last += (t.size(i) - 1) * t.stride(i);
+  }
+  return {named.name, begin, begin + (last + 1) * static_cast<int64_t>(t.element_size())};
+}
+
+}  // namespace
+
+void check_apart(const char* op, std::initializer_list<Named> written, std::initializer_list<Named> read) {
+  std::vector<Span> spans;
+  spans.reserve(written.size() + read.size());
+  for (const Named& t : written) spans.push_back(span_of(t));
+  for (const Named& t : read) spans.push_back(span_of(t));
+  for (size_t i = 0; i < written.size(); ++i) {
+    const Span& a = spans[i];
+    for (size_t j = i + 1; j < spans.size(); ++j) {
+      const Span& b = spans[j];
+      GPT2RT_CHECK(a.begin == a.end || b.begin == b.end || a.end <= b.begin || b.end <= a.begin, op, ": ", a.name,
+                   " is written to and shares memory with ", b.name, "; pass a tensor of its own");
+    }
+  }
 }
 
 Tensor new_like(const Tensor& x, std::initializer_list<int64_t> sizes) {

@@ -60,6 +60,17 @@ void check_rows(const char* op, const char* name, const Tensor& t);
 // a vector of n elements in x's dtype, contiguous: weights of norms, biases
 void check_vector(const char* op, const char* name, const Tensor& t, int64_t n, const char* x_name, const Tensor& x);
 
+// a tensor argument and its name; null: an optional one that was not given
+struct Named {
+  const char* name;
+  const Tensor* tensor;
+};
+
+inline const Tensor* given(const std::optional<Tensor>& t) { return t.has_value() ? &*t : nullptr; }
+
+// none of the tensors that an op writes to shares memory with another of them or with one that it reads
+void check_apart(const char* op, std::initializer_list<Named> written, std::initializer_list<Named> read);
+
 template <typename T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

@@ -33,6 +33,13 @@ void write_kv(const Tensor& key, const Tensor& value, const Tensor& key_cache, c
   check_size(op, "slot_mapping", slot_mapping, 0, key.size(0), "the tokens of key");
   check_contiguous(op, "slot_mapping", slot_mapping);
 
+  check_apart(op,
+              {{"key_cache", &key_cache},
+               {"value_cache", &value_cache},
+               {"key_scales", given(key_scales)},
+               {"value_scales", given(value_scales)}},
+              {{"key", &key}, {"value", &value}, {"slot_mapping", &slot_mapping}});
+
   const int64_t num_tokens = key.size(0), num_heads = key.size(1), head_dim = key.size(2);
   const int64_t block_size = key_cache.size(2);
   const int64_t num_slots = key_cache.size(0) * block_size;

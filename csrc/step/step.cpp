@@ -601,6 +601,24 @@ void cpu_step(const Tensor& plan_rows, const Tensor& arena, const Tensor& wte, c
   GPT2RT_CHECK(workspace_bytes >= layout.bytes, kOp, ": workspace has ", workspace_bytes, " bytes, expected at least ",
                layout.bytes, "; ask cpu_step_workspace_bytes for ", num_tokens, " tokens and ", num_logits,
                " rows of logits");
+  check_apart(kOp,
+              {{"kv_cache", &kv_cache},
+               {"kv_scales", given(kv_scales)},
+               {"workspace", &workspace},
+               {"logits", &logits},
+               {"hidden", &hidden},
+               {"times", given(times)}},
+              {{"plan", &plan_rows},
+               {"arena", &arena},
+               {"wte", &wte},
+               {"wpe", &wpe},
+               {"input_ids", &input_ids},
+               {"position_ids", &position_ids},
+               {"query_start_loc", &query_start_loc},
+               {"seq_lens", &seq_lens},
+               {"block_table", &block_table},
+               {"slot_mapping", &slot_mapping},
+               {"logits_indices", &logits_indices}});
   if (num_tokens == 0) return;
   const uintptr_t start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   float* floats = reinterpret_cast<float*>((start + 63) / 64 * 64);

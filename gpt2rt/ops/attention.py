@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gpt2rt.kernels import refs
 
-from ._checks import check_caches, check_index, check_storage_dtype
+from ._checks import check_caches, check_index, check_like, check_storage_dtype
 from ._library import define
 
 
@@ -116,8 +116,7 @@ def write_kv(
     """
     _check_heads("write_kv", "key", key)
     _check_heads("write_kv", "value", value)
-    if value.shape != key.shape:
-        raise ValueError(f"write_kv: value has shape {list(value.shape)}, expected {list(key.shape)}, that of key")
+    check_like("write_kv", "value", value, tuple(key.shape), key)
     check_caches("write_kv", (key_cache, value_cache), (key_scales, value_scales), key.size(1), key.size(2), key)
     check_index("write_kv", "slot_mapping", slot_mapping, (key.size(0),), torch.int64, key)
     _write_kv(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales)

@@ -44,6 +44,8 @@ def embedding(input_ids: Tensor, position_ids: Tensor, wte: Tensor, wpe: Tensor)
     check_storage_dtype("embedding", "wte", wte)
     if wte.dim() != 2 or not wte.is_contiguous():
         raise ValueError(f"embedding: wte must be a contiguous [vocab_size, n_embd], got shape {list(wte.shape)}")
+    if wpe.dim() != 2:
+        raise ValueError(f"embedding: wpe must be a contiguous [n_positions, n_embd], got shape {list(wpe.shape)}")
     check_like("embedding", "wpe", wpe, (wpe.size(0), wte.size(1)), wte)
     if not wpe.is_contiguous():
         raise ValueError("embedding: wpe must be contiguous; call .contiguous()")

@@ -195,7 +195,7 @@ def test_an_int8_cache_has_a_scale_for_each_token_and_head():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, torch.int32, torch.bool], ids=str)
 def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(TypeError, match="a KV cache cannot be .*; choose float32, float16, bfloat16 or int8"):
+    with pytest.raises(TypeError, match=r"a KV cache cannot be .*; choose float32, float16, bfloat16 or int8"):
         PagedKVCache(1, 1, 1, 1, dtype=dtype)
 
 
