@@ -40,8 +40,7 @@ import torch
 from torch import Tensor
 
 from gpt2rt import ops
-
-from .arena import allocate_arena
+from gpt2rt.ops.arena import allocate_arena
 
 _MAGIC, _FORMAT = b"gpt2rtpk", 1
 _FIELDS = struct.Struct("<8sIIQ32s32s")

@@ -14,9 +14,9 @@ from .step import CPU_ISAS, MAX_TOP, cpu_isa, cpu_step, cpu_step_workspace_bytes
 
 __all__ = [
     "CPU_ISAS",
+    "FINGERPRINT_KEY_BYTES",
     "MAX_SCORES",
     "MAX_TOP",
-    "FINGERPRINT_KEY_BYTES",
     "PANEL",
     "WEIGHT_UNIT",
     "ExtensionStatus",

@@ -238,7 +238,9 @@ def test_int8_cache(run, checkpoint):
     arguments = ("generate", "aaaa", "-m", checkpoint, "--greedy", "-n", 9, "--json")
     code, out, _ = run(*arguments, "--kv-cache-dtype", "int8")
     assert (code, json.loads(out)["new_tokens"]) == (0, 9)
-    assert run(*arguments, "--set", "cache_implementation=quantized")[1].split('"load_s"')[0] == out.split('"load_s"')[0]
+    assert (
+        run(*arguments, "--set", "cache_implementation=quantized")[1].split('"load_s"')[0] == out.split('"load_s"')[0]
+    )
 
 
 def test_drafts_do_not_change_the_text(run, checkpoint):

@@ -65,7 +65,7 @@ def test_pages_are_counted_by_the_kernel():
     small = torch.ones(3 * 4096, dtype=torch.uint8)
     start = -small.data_ptr() % 4096
     assert packed_file._huge_bytes(small[start : start + 4096]) in (0, 4096)
-    from gpt2rt.graph.arena import allocate_arena
+    from gpt2rt.ops.arena import allocate_arena
 
     arena = allocate_arena(8 * 2**20)
     assert packed_file._huge_bytes(arena) == 0
