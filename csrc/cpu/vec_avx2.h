@@ -116,6 +116,8 @@ inline void load_bf16_words(const void* p, Vec& low, Vec& high) {
 typedef int32_t Ints __attribute__((vector_size(32)));
 constexpr int kIntRows = 4;
 constexpr int kIntVectors = 2;
+constexpr int kCodeRows = 4;
+constexpr int code_vectors(int rows) { return rows == 1 ? 4 : 2; }
 
 inline Ints set1_int(int32_t x) { return (Ints)_mm256_set1_epi32(x); }
 inline Ints load_ints(const void* p) { return (Ints)_mm256_loadu_si256(static_cast<const __m256i*>(p)); }

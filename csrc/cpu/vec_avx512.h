@@ -106,11 +106,15 @@ constexpr int kIntRows = 6;
 constexpr int kIntRows = 4;
 #endif
 constexpr int kIntVectors = 4;
+// the same for float rows and codes that become floats in registers (kernels/gemm_codes.h)
+constexpr int kCodeRows = 4;
+constexpr int code_vectors(int) { return 4; }
 
 inline Ints set1_int(int32_t x) { return (Ints)_mm512_set1_epi32(x); }
 inline Ints load_ints(const void* p) { return (Ints)_mm512_loadu_si512(p); }
 inline void store_ints(void* p, Ints v) { _mm512_storeu_si512(p, (__m512i)v); }
-inline Ints shift_right(Ints v, int bits) { return (Ints)_mm512_srli_epi32((__m512i)v, static_cast<unsigned>(bits)); }
+typedef uint32_t Uints __attribute__((vector_size(64)));
+inline Ints shift_right(Ints v, int bits) { return (Ints)((Uints)v >> static_cast<uint32_t>(bits)); }
 inline Vec to_float(Ints v) { return __builtin_convertvector(v, Vec); }
 inline Vec as_float(Ints v) { return _mm512_castsi512_ps((__m512i)v); }
 inline Vec load_bytes(const uint8_t* p) {
@@ -137,7 +141,9 @@ struct Table16 {
   Vec values;
 };
 inline Table16 load_table(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Vec lookup(const Table16& t, Ints codes) { return _mm512_permutexvar_ps((__m512i)codes, t.values); }
+inline Vec lookup(const Table16& t, Ints codes) {
+  return _mm512_maskz_permutexvar_ps(0xffff, (__m512i)codes, t.values);
+}
 
 // rows r[i] of a 16 x 16 matrix become its columns
 inline void transpose(Vec* r) {

@@ -157,6 +157,8 @@ inline void load_bf16_words(const void* p, Vec& low, Vec& high) {
 typedef VecInt Ints;
 constexpr int kIntRows = 4;
 constexpr int kIntVectors = 2;
+constexpr int kCodeRows = 4;
+constexpr int code_vectors(int rows) { return rows == 1 ? 4 : 2; }
 
 inline Ints set1_int(int32_t x) { return Ints{x, x, x, x}; }
 inline Ints load_ints(const void* p) {
