@@ -55,6 +55,7 @@ ISA_FLAGS = {
     "avx512": AVX512,
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
     "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 
 
@@ -103,7 +104,7 @@ def extension_options() -> dict[str, Any]:
             for name in isa_names():
                 target = folder / f"isa_{name}.o"
                 source = f"csrc/cpu/isa_{name}.cpp"
-                flags = [*CXX_FLAGS, *ISA_FLAGS[name], *user_flags]
+                flags = [*CXX_FLAGS, *isa_flags(name, compiler), *user_flags]
                 jobs.append((target, [*compiler, *flags, "-c", source, "-o", str(target)]))
             with ThreadPoolExecutor() as pool:
                 # list() waits for all and raises what failed
@@ -127,6 +128,20 @@ def extension_options() -> dict[str, Any]:
         "cmdclass": {"build_ext": BuildWithIsas},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
+
+
+def isa_flags(name: str, compiler: list[str]) -> list[str]:
+    """Flags of an instruction set; none for AMX if compiler or assembler do not know it, then its file is empty."""
+    flags = ISA_FLAGS[name]
+    if name != "amx":
+        return flags
+    program = 'void f() { __asm__ volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }'
+    command = [*compiler, *flags, "-x", "c++", "-c", "-o", os.devnull, "-"]
+    done = subprocess.run(command, input=program, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return flags
+    print(f"setup.py: without the kernels for AMX, {shlex.join(compiler)} does not know it:\n{done.stderr}", flush=True)
+    return []
 
 
 def compile_object(target: Path, command: list[str]) -> None:

@@ -13,7 +13,7 @@ import sys
 
 #: environment variables that gpt2rt reads, and what they do
 SETTINGS = {
-    "GPT2RT_CPU_ISA": "force a lower instruction set: avx512_bf16, avx512_vnni, avx512, avx2 or portable",
+    "GPT2RT_CPU_ISA": "force a lower instruction set: amx, avx512_bf16, avx512_vnni, avx512, avx2 or portable",
     "GPT2RT_NUM_THREADS": "threads of the C++ kernels; default: torch's number",
     "GPT2RT_CACHE": "folder of packed weights, by default ~/.cache/gpt2rt",
     "GPT2RT_PACKED_CACHE": "0 keeps no packed weights between processes",

@@ -46,26 +46,59 @@ def test_extension_uses_only_the_stable_interface_of_torch(extension):
     assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)
 
 
-def test_wide_registers_stay_in_their_instruction_set(extension):
-    """No function outside the AVX-512 levels uses its registers, and so on: such a one would crash older processors."""
-    wide = ("6avx512", "11avx512_vnni", "11avx512_bf16")
-    allowed = {"%zmm": wide, "%ymm": (*wide, "4avx2")}
-    own = {"vpdpbusd": wide[1:], "vdpbf16ps": wide[2:]}
-    strays, seen, function = [], set(), ""
+@pytest.fixture(scope="module")
+def instructions(extension):
+    """(function, instruction) of everything that the extension executes."""
+    function, found = "", []
     for line in tool("objdump", "-d", "--no-show-raw-insn", extension).splitlines():
         if line.endswith(">:"):
             function = line
-        for instruction, namespaces in own.items():
-            if instruction in line and not any(namespace in function for namespace in namespaces):
-                strays.append((function, line))
-        for register, namespaces in allowed.items():
-            if register in line:
-                seen.add(register)
+        else:
+            found.append((function, line))
+    return found
+
+
+# parts of mangled names: the namespaces of the levels from AVX-512 up
+WIDE = ("6avx512", "11avx512_vnni", "11avx512_bf16", "3amx")
+
+
+def test_wide_registers_stay_in_their_instruction_set(instructions):
+    """No function outside the AVX-512 levels uses its registers, and so on: such a one would crash older processors."""
+    tiles = WIDE[3:]
+    allowed = {"%zmm": WIDE, "%ymm": (*WIDE, "4avx2"), "%tmm": tiles, "ldtilecfg": tiles, "tilerelease": tiles}
+    allowed |= {"vpdpbusd": WIDE[1:], "vdpbf16ps": WIDE[2:]}
+    strays, seen = [], set()
+    for function, line in instructions:
+        for word, namespaces in allowed.items():
+            if word in line:
+                seen.add(word)
                 if not any(namespace in function for namespace in namespaces):
                     strays.append((function, line))
     assert strays[:5] == []
     # the control: on x86-64 there are such functions
-    assert seen == (set(allowed) if platform.machine() == "x86_64" else set())
+    registers = {"%zmm", "%ymm"} if platform.machine() == "x86_64" else set()
+    assert seen & {"%zmm", "%ymm"} == registers
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX belongs to x86-64")
+def test_tile_kernels_are_what_they_should_be(instructions):
+    """Both kernels configure the tiles, multiply on them and release them, whatever processor this is."""
+    done = run_python("import gpt2rt.ops as ops; ops.cpu_isa()", GPT2RT_CPU_ISA="amx")
+    if "this build leaves out" in done.stderr:
+        pytest.skip("the compiler of this build did not know AMX")
+    steps = {"ldtilecfg", "tilezero", "tileloadd", "tilestored", "tilerelease"}
+    for kernel, dot in (("gemm_int8_tiles", "tdpbsud"), ("gemm_bfloat16_tiles", "tdpbf16ps")):
+        words = {line.split()[1] for function, line in instructions if kernel in function and len(line.split()) > 1}
+        assert steps | {dot} <= words
+        # signed times unsigned only, and pairs of bfloat16 only
+        assert {word for word in words if word.startswith("tdp")} == {dot}
+
+
+def run_python(program, **variables):
+    command = [sys.executable, "-c", program]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=100
+    )
 
 
 def run_setup(folder, *arguments, **variables):
@@ -132,3 +165,34 @@ def test_without_torch_the_build_says_what_to_do(checkout, tmp_path):
     assert "needs torch at build time" in done.stderr
     assert "--no-build-isolation" in done.stderr
     assert "GPT2RT_CPP=0" in done.stderr
+
+
+# writes nothing but the command line into a log; an old one refuses AMX
+COMPILER = """#!/bin/sh
+echo "$@" >> "$COMPILER_LOG"
+case "$OLD $*" in "1 "*-mamx*) echo "unknown option -mamx-tile" >&2; exit 1;; esac
+while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX belongs to x86-64")
+@pytest.mark.parametrize("old", ["0", "1"])
+def test_a_compiler_without_amx_leaves_it_out(checkout, tmp_path, old):
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    done = run_setup(
+        checkout,
+        "build_ext",
+        *("--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")),
+        GPT2RT_CPP="1",
+        CXX=str(compiler),
+        COMPILER_LOG=str(log),
+        OLD=old,
+    )
+    assert done.returncode == 0, done.stderr
+    (command,) = [line for line in log.read_text().splitlines() if "isa_amx.cpp" in line]
+    assert ("-mamx-int8" in command) == (old == "0")
+    assert ("without the kernels for AMX" in done.stdout) == (old == "1")
+    # the levels below are as they were
+    assert any("isa_avx512_bf16.cpp" in line and "-mavx512bf16" in line for line in log.read_text().splitlines())

@@ -1,24 +1,29 @@
 // Which instruction set the kernels use: the best that the processor and the system support, or GPT2RT_CPU_ISA.
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
+#include "amx.h"
 #include "checks.h"
 #include "kernels.h"
 
 namespace gpt2rt {
 namespace {
 
-// from best to plainest
-struct Candidate {
+// a level, and what is to be said of one that cannot be had: "which .."; empty if it can
+struct Level {
   const Kernels* kernels;
-  bool supported;
+  std::string missing;
 };
 
-// __builtin_cpu_supports asks cpuid and, for registers wider than SSE's, whether the system saves them (xgetbv)
+// from best to plainest; __builtin_cpu_supports asks cpuid and, for registers wider than SSE's, whether the system
+// saves them (xgetbv)
 #if defined(__x86_64__)
-constexpr int kNumCandidates = 5;
-void find_candidates(Candidate* c) {
+constexpr int kNumLevels = 6;
+constexpr const char* kNames[kNumLevels] = {"amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable"};
+
+void find_levels(Level* levels, bool with_amx) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -27,57 +32,77 @@ void find_candidates(Candidate* c) {
   const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
   // each level is the one below with some entries replaced, by code that itself needs the level
   static Kernels with_vnni = kKernelsAvx512;
-  with_vnni.name = "avx512_vnni";
+  with_vnni.name = kNames[2];
   if (vnni) avx512_vnni::replace(with_vnni);
   static Kernels with_bf16 = with_vnni;
-  with_bf16.name = "avx512_bf16";
+  with_bf16.name = kNames[1];
   if (bf16) avx512_bf16::replace(with_bf16);
-  c[0] = {&with_bf16, bf16};
-  c[1] = {&with_vnni, vnni};
-  c[2] = {&kKernelsAvx512, avx512};
-  c[3] = {&kKernelsAvx2, avx2};
-  c[4] = {&kKernelsPortable, true};
+  static Kernels with_tiles = with_bf16;
+  with_tiles.name = kNames[0];
+  const auto unless = [](bool has) { return has ? "" : "this processor does not support"; };
+  levels[0] = {&with_tiles, with_amx ? use_amx(with_tiles, bf16) : unless(bf16)};
+  levels[1] = {&with_bf16, unless(bf16)};
+  levels[2] = {&with_vnni, unless(vnni)};
+  levels[3] = {&kKernelsAvx512, unless(avx512)};
+  levels[4] = {&kKernelsAvx2, unless(avx2)};
+  levels[5] = {&kKernelsPortable, ""};
 }
 #else
-constexpr int kNumCandidates = 1;
-void find_candidates(Candidate* c) { c[0] = {&kKernelsPortable, true}; }
+constexpr int kNumLevels = 1;
+constexpr const char* kNames[kNumLevels] = {"portable"};
+void find_levels(Level* levels, bool) { levels[0] = {&kKernelsPortable, ""}; }
 #endif
 
-const Kernels& choose() {
-  Candidate candidates[kNumCandidates];
-  find_candidates(candidates);
+struct Choice {
+  const Kernels* kernels;
+  std::string limit;  // why it is not the level above, see cpu_isa_limit
+};
+
+Choice choose() {
+  const char* forced = std::getenv("GPT2RT_CPU_ISA");
+  const std::string wanted = forced == nullptr ? "" : forced;
+  int index = 0;
+  while (index < kNumLevels && wanted != kNames[index]) ++index;
+  Level levels[kNumLevels];
+  // another level than amx must be had without touching the tiles
+  find_levels(levels, index == 0 || index == kNumLevels);
   std::string supported;
-  const Kernels* best = nullptr;
-  for (const Candidate& c : candidates) {
-    if (!c.supported) continue;
-    if (best == nullptr) best = c.kernels;
-    supported += (supported.empty() ? "" : ", ") + std::string(c.kernels->name);
+  int best = -1;
+  for (int i = 0; i < kNumLevels; ++i) {
+    if (!levels[i].missing.empty()) continue;
+    if (best < 0) best = i;
+    supported += (supported.empty() ? "" : ", ") + std::string(kNames[i]);
   }
-  const char* wanted = std::getenv("GPT2RT_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return *best;
-  for (const Candidate& c : candidates) {
-    if (std::strcmp(wanted, c.kernels->name) != 0) continue;
-    GPT2RT_CHECK_STATE(c.supported, "GPT2RT_CPU_ISA is ", wanted,
-                       ", which this processor does not support; use one of: ", supported,
-                       ", or unset it for the best of them");
-    return *c.kernels;
+  if (wanted.empty()) {
+    if (best == 0) return {levels[0].kernels, ""};
+    return {levels[best].kernels,
+            std::string(kNames[best - 1]) + ", the level above, is one that " + levels[best - 1].missing};
   }
-  GPT2RT_CHECK_STATE(false, "GPT2RT_CPU_ISA is '", wanted, "', expected one of: ", supported,
+  GPT2RT_CHECK_STATE(index < kNumLevels, "GPT2RT_CPU_ISA is '", wanted, "', expected one of: ", supported,
                      "; unset it for the best of them");
-  return *best;
+  GPT2RT_CHECK_STATE(levels[index].missing.empty(), "GPT2RT_CPU_ISA is ", wanted, ", which ", levels[index].missing,
+                     "; use one of: ", supported, ", or unset it for the best of them");
+  return {levels[index].kernels, index == 0 ? "" : "GPT2RT_CPU_ISA=" + wanted + " forces it"};
+}
+
+const Choice& choice() {
+  // if choose() throws, the next call tries again
+  static const Choice chosen = choose();
+  return chosen;
 }
 
 std::string cpu_isa() { return kernels().name; }
 
+std::string cpu_isa_limit() { return choice().limit; }
+
 }  // namespace
 
-const Kernels& kernels() {
-  // if choose() throws, the next call tries again
-  static const Kernels& chosen = choose();
-  return chosen;
-}
+const Kernels& kernels() { return *choice().kernels; }
 
 }  // namespace gpt2rt
 
 // no tensor arguments, hence no backend to dispatch on
-STABLE_TORCH_LIBRARY_IMPL(gpt2rt, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&gpt2rt::cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(gpt2rt, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&gpt2rt::cpu_isa));
+  m.impl("cpu_isa_limit", TORCH_BOX(&gpt2rt::cpu_isa_limit));
+}

@@ -124,6 +124,13 @@ void replace(Kernels& table);
 namespace avx512_bf16 {
 void replace(Kernels& table);
 }
+namespace amx {
+// whether the compiler knew AMX
+bool built();
+// false, and the table as it was, if the kernels fail their check; only for processors that have AMX, in a process that
+// the system lets use it
+bool replace(Kernels& table);
+}  // namespace amx
 #endif
 
 // The table in use. The first call reads GPT2RT_CPU_ISA; an unknown or unsupported value raises, at each call.

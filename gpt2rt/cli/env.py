@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,15 +59,13 @@ def _flat(facts: dict[str, Any], skip: tuple[str, ...]) -> Iterator[tuple[str, s
 
 def _why_not(facts: dict[str, Any]) -> list[str]:
     """Why the forms that are not active are not."""
-    from gpt2rt.ops import CPU_ISAS
+    from gpt2rt import ops
 
     notes = []
     if not facts["extension"]["loaded"]:
         notes.append(f"C++ is not active: {facts['extension']['reason']}")
-    elif facts["isa"] != CPU_ISAS[-1]:
-        forced = os.environ.get("GPT2RT_CPU_ISA")
-        why = f"GPT2RT_CPU_ISA={forced} forces it" if forced else "this processor has none above it"
-        notes.append(f"C++ runs with {facts['isa']}: {why}")
+    elif limit := ops.cpu_isa_limit():
+        notes.append(f"C++ runs with {facts['isa']}: {limit}")
     if facts["packages"].get("triton") is None:
         notes.append("Triton is not active: it is not installed")
     elif not facts["accelerators"]:

@@ -10,7 +10,7 @@ from .linear import PANEL, linear, linear_gelu_new, linear_residual, pack_linear
 from .norm import add_layer_norm, layer_norm
 from .quantized import has_kernel, pack_quantized, packed_quantized_bytes, quantized_linear
 from .sampling import MAX_SCORES, WEIGHT_UNIT, argmax, sample, sampling_weights
-from .step import CPU_ISAS, MAX_TOP, cpu_isa, cpu_step, cpu_step_workspace_bytes
+from .step import CPU_ISAS, MAX_TOP, cpu_isa, cpu_isa_limit, cpu_step, cpu_step_workspace_bytes
 
 __all__ = [
     "CPU_ISAS",
@@ -27,6 +27,7 @@ __all__ = [
     "block_pool_free",
     "block_pool_incref",
     "cpu_isa",
+    "cpu_isa_limit",
     "cpu_step",
     "cpu_step_workspace_bytes",
     "embedding",

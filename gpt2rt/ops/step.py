@@ -62,8 +62,9 @@ _workspace_bytes = define(
     fake=_no_trace,
 )
 #: instruction sets that the C++ kernels are built for, from the plainest up; each level includes the ones before it
-CPU_ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 _cpu_isa = define("cpu_isa", "() -> str", reference=None, fake=_no_trace)
+_cpu_isa_limit = define("cpu_isa_limit", "() -> str", reference=None, fake=_no_trace)
 
 
 def cpu_step_workspace_bytes(plan: Tensor, num_tokens: int, num_logits: int) -> int:
@@ -79,7 +80,21 @@ def cpu_isa() -> str:
     Raises:
         RuntimeError: ``GPT2RT_CPU_ISA`` names none of them or one that this CPU lacks, or the extension is missing.
     """
+    _need_extension()
+    return _cpu_isa()
+
+
+def cpu_isa_limit() -> str:
+    """Why :func:`cpu_isa` is not a higher level, a sentence; empty for the highest one.
+
+    Raises:
+        RuntimeError: as :func:`cpu_isa`.
+    """
+    _need_extension()
+    return _cpu_isa_limit()
+
+
+def _need_extension() -> None:
     status = extension_status()
     if not status.loaded:
         raise RuntimeError(f"the C++ extension is missing: {status.reason}")
-    return _cpu_isa()

@@ -23,6 +23,7 @@ NUMERICAL = [
 ISAS = list(reversed(ops.CPU_ISAS)) if platform.machine() == "x86_64" else ["portable"]
 # a level that replaces a few kernels of the one below is tested where they run
 FILES = {
+    "amx": ["test_linear_cpu.py", "test_quantized_linear_cpu.py", "test_cpu_step.py"],
     "avx512_bf16": ["test_linear_cpu.py", "test_cpu_step.py"],
     "avx512_vnni": ["test_quantized_linear_cpu.py"],
 }
@@ -46,7 +47,7 @@ def best():
 def test_ops_are_right_on(isa, best):
     """The other tests of this folder once more, with the instruction set forced."""
     if ISAS.index(isa) < ISAS.index(best):
-        pytest.skip(f"this processor has no {isa}")
+        pytest.skip(f"{isa} cannot be had here")
     command = [
         sys.executable,
         "-m",
@@ -73,7 +74,10 @@ def test_isa_can_be_forced(isa, best, run_python):
     done = run_python(NAME, GPT2RT_CPU_ISA=isa)
     if ISAS.index(isa) < ISAS.index(best):
         assert done.returncode != 0
-        assert f"GPT2RT_CPU_ISA is {isa}, which this processor does not support" in done.stderr
+        # amx can also be missing in the system or in the build
+        assert f"GPT2RT_CPU_ISA is {isa}, which " in done.stderr
+        if isa != "amx":
+            assert "which this processor does not support; use one of: " in done.stderr
     else:
         assert done.stdout.strip() == isa, done.stderr
 
@@ -98,3 +102,35 @@ def test_an_unknown_isa_is_refused_at_each_use(run_python):
 
 def test_an_empty_value_means_the_best(best, run_python):
     assert run_python(NAME, GPT2RT_CPU_ISA="").stdout.strip() == best
+
+
+LIMIT = "import gpt2rt.ops as ops; print(ops.cpu_isa_limit())"
+
+
+def test_why_there_is_no_higher_level(best, run_python):
+    limit = run_python(LIMIT, GPT2RT_CPU_ISA="").stdout.strip()
+    if best == ISAS[0]:
+        assert limit == ""
+    else:
+        above = ISAS[ISAS.index(best) - 1]
+        assert limit.startswith(f"{above}, the level above, is one that ")
+    lowest = ISAS[-1]
+    forced = run_python(LIMIT, GPT2RT_CPU_ISA=lowest).stdout.strip()
+    assert forced == ("" if len(ISAS) == 1 else f"GPT2RT_CPU_ISA={lowest} forces it")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX belongs to x86-64")
+def test_why_there_is_no_amx(best, run_python):
+    """The same words in the error for who asks for it and in the limit for who does not."""
+    if best == "amx":
+        pytest.skip("there is")
+    error = run_python(NAME, GPT2RT_CPU_ISA="amx").stderr
+    if best == "avx512_bf16":
+        reason = run_python(LIMIT, GPT2RT_CPU_ISA="").stdout.strip().split("is one that ")[1]
+        assert f"GPT2RT_CPU_ISA is amx, which {reason}; use one of: avx512_bf16, " in error
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        flags = set(file.read().partition("\nflags")[2].partition("\n")[0].split())
+    if not {"amx_tile", "amx_int8", "amx_bf16"} <= flags and "this build leaves out" not in error:
+        assert "this processor does not support" in error
+    # it is no fault of the kernels, so nothing is said unasked
+    assert "self-check" not in run_python(NAME, GPT2RT_CPU_ISA="").stderr

@@ -84,5 +84,9 @@ def test_opcheck(case):
 
 def test_ops_without_results_to_trace():
     model = StepModel(Config(n_layer=1))
-    for op, arguments in ((OPS.cpu_isa, ()), (OPS.cpu_step_workspace_bytes, (model.plan, 3, 1))):
+    for op, arguments in (
+        (OPS.cpu_isa, ()),
+        (OPS.cpu_isa_limit, ()),
+        (OPS.cpu_step_workspace_bytes, (model.plan, 3, 1)),
+    ):
         torch.library.opcheck(op, arguments, test_utils=("test_schema",))
