@@ -1,6 +1,7 @@
-"""The kernels on AMX tiles, with emulated tiles: the same sources, compiled here. The numbers and their bits.
+"""The kernels on AMX tiles, on a processor without them: the same sources, compiled here. The numbers and their bits.
 
-On a processor with AMX, test_isa_cpu.py runs the tests of this folder on the tiles themselves.
+Everything is proven twice, with tiles in plain C++ and with the machine code for AMX, whose instructions a signal
+handler carries out. On a processor with AMX, test_isa_cpu.py runs the tests of this folder on the tiles themselves.
 """
 
 import math
@@ -8,6 +9,7 @@ import os
 import shlex
 import shutil
 import struct
+import subprocess
 
 import emulated_tiles
 import pytest
@@ -15,6 +17,7 @@ import torch
 from emulated_tiles import Linear, bfloat16_ref
 from quantized_cases import Case, random_case
 
+import gpt2rt.ops as ops
 from gpt2rt.kernels.quantized_linear import quantized_linear_ref
 
 FORMATS = ["int8", "int4-g32", "int4-g64", "int4-g128", "int4-g64-zeros"]
@@ -22,17 +25,29 @@ FORMATS = ["int8", "int4-g32", "int4-g64", "int4-g128", "int4-g64-zeros"]
 ROWS = [1, 8, 9, 16, 17, 33, 97, 113]
 
 
-@pytest.fixture(scope="module")
-def library_path(tmp_path_factory):
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
-        pytest.skip(f"the emulation is compiled here, and there is no compiler {compiler}; set CXX")
-    return emulated_tiles.build(tmp_path_factory.mktemp("tiles"))
+@pytest.fixture(scope="module", params=["emulated", "trapped"])
+def library_path(request, tmp_path_factory):
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"the kernels are compiled here, and there is no compiler {compiler[0]}; set CXX")
+    if request.param == "trapped":
+        if ops.cpu_isa() not in ("avx512_bf16", "amx"):
+            pytest.skip("beside the tiles, the machine code for AMX uses what avx512_bf16 has")
+        known = subprocess.run([*compiler, "-mamx-tile", "-E", "-x", "c++", os.devnull], capture_output=True)
+        if known.returncode != 0:
+            pytest.skip(f"{compiler[0]} does not know AMX")
+    return emulated_tiles.build(tmp_path_factory.mktemp("tiles"), request.param)
 
 
 @pytest.fixture(scope="module")
 def library(library_path):
-    return emulated_tiles.load(library_path)
+    loaded = emulated_tiles.load(library_path)
+    if library_path.name.startswith("emulated"):
+        yield loaded
+        return
+    loaded.trap_tiles()
+    yield loaded
+    loaded.untrap_tiles()
 
 
 def int4_case(group, n, k, zeros=False):
@@ -172,6 +187,26 @@ def test_damage_stays_in_its_row_and_shows(library, name, value):
     assert torch.equal(y[others], clean[others])
 
 
+def test_tiles_are_released(library):
+    """After each kernel; a thread that keeps them pays for them at every switch of context."""
+    for weight in (random_case("int8", 70, 130), random_case("int4-g64", 70, 130), torch.randn(70, 130)):
+        linear = Linear(library, weight)
+        for m in (1, 20, 40):
+            linear(linear.rows(torch.randn(m, 130)))
+            assert library.tiles_in_use() == 0
+
+
+def test_the_machine_code_runs_on_tiles(library_path, library):
+    """Else the other tests of this form would prove something else."""
+    if library_path.name.startswith("emulated") or ops.cpu_isa() == "amx":
+        pytest.skip("nothing is trapped here")
+    before = library.trapped_instructions()
+    linear = Linear(library, torch.randn(64, 64))
+    linear(linear.rows(torch.randn(1, 64)))
+    # configuration, 4 sums set to zero, 2 steps of 5 loads and 4 products, 4 stores, release
+    assert library.trapped_instructions() - before == 1 + 4 + 2 * 9 + 4 + 1
+
+
 # ---- the check before the kernels are used
 
 
@@ -234,8 +269,10 @@ def test_emulated_bfloat16_product(library):
 # without torch, so that it starts fast
 FAULT = """
 import ctypes, sys
-tile = ctypes.create_string_buffer(1024)
-ctypes.CDLL(sys.argv[1]).product(1, bytes.fromhex(sys.argv[2]), tile, tile, tile)
+library, tile = ctypes.CDLL(sys.argv[1]), ctypes.create_string_buffer(1024)
+if hasattr(library, "trap_tiles"):
+    library.trap_tiles()
+library.product(1, bytes.fromhex(sys.argv[2]), tile, tile, tile)
 """
 
 

@@ -1,6 +1,8 @@
-// The kernels on AMX tiles with emulated tiles (csrc/cpu/kernels/tiles_emulated.h), as a library for ctypes; built by
-// tests/ops/test_amx_tiles.py with the flags of a level that this processor has.
-#define GPT2RT_EMULATE_TILES
+// The kernels on AMX tiles as a library for ctypes; built by tests/support/emulated_tiles.py in two forms:
+//   emulated: the tiles are plain C++ (csrc/cpu/kernels/tiles_emulated.h), with the flags of a level that this
+//     processor has; defines GPT2RT_EMULATE_TILES
+//   trapped: the very instructions of the level amx, with its flags; where the processor has none of them,
+//     trapped_tiles.cpp does what they should
 #define GPT2RT_ISA emulated
 #if defined(__AVX512F__)
 #include "vec_avx512.h"
@@ -110,5 +112,9 @@ void product(int bfloat16, const void* shapes, const void* a, const void* b, voi
   }
   tiles.store<0>(c, 64);
 }
+
+#if defined(GPT2RT_EMULATE_TILES)
+int tiles_in_use() { return Tiles::in_use(); }
+#endif
 
 }  // extern "C"

@@ -1,4 +1,8 @@
-"""The C++ kernels on AMX tiles with emulated tiles, built from the sources of the extension and called from tests."""
+"""The C++ kernels on AMX tiles on a processor without them, built from the sources of the extension, for tests.
+
+Two forms: ``emulated``, where the tiles are plain C++, and ``trapped``, the machine code for AMX, whose instructions a
+signal handler carries out.
+"""
 
 from __future__ import annotations
 
@@ -36,19 +40,32 @@ SIGNATURES = {
     "multiply_tiles": (None, [c_void_p]),
     "multiply_int8_without_tiles": (None, [c_void_p]),
     "check": (c_int, [c_int]),
+    "tiles_in_use": (c_int, []),
     "product": (None, [c_int, c_void_p, c_void_p, c_void_p, c_void_p]),
 }
 
 
-def build(folder: pathlib.Path) -> pathlib.Path:
-    """Compile the library with the flags of the level in use, as far as the emulation needs them."""
+def build(folder: pathlib.Path, form: str) -> pathlib.Path:
+    """Compile the library.
+
+    Args:
+        folder: where to.
+        form: ``emulated``, with the flags of the level in use, as far as the emulation needs them; or ``trapped``, with
+            those of the level amx.
+    """
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     vnni = [*avx512, "-mavx512vnni"]
-    flags = {"portable": [], "avx2": avx2, "avx512": avx512}.get(ops.cpu_isa(), vnni)
-    library = folder / "emulated_tiles.so"
-    command = [*shlex.split(os.environ.get("CXX", "c++")), "-O2", "-w", "-std=c++20", "-ffp-contract=off", *flags]
-    command += ["-shared", "-fPIC", f"-I{ROOT / 'csrc' / 'cpu'}", str(SOURCE), "-o", str(library)]
+    sources = [str(SOURCE)]
+    if form == "emulated":
+        flags = ["-O2", "-DGPT2RT_EMULATE_TILES"]
+        flags += {"portable": [], "avx2": avx2, "avx512": avx512}.get(ops.cpu_isa(), vnni)
+    else:
+        sources.append(str(SOURCE.with_name("trapped_tiles.cpp")))
+        flags = ["-O3", "-fno-math-errno", *vnni, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+    library = folder / f"{form}_tiles.so"
+    command = [*shlex.split(os.environ.get("CXX", "c++")), "-w", "-std=c++20", "-ffp-contract=off", *flags]
+    command += ["-shared", "-fPIC", f"-I{ROOT / 'csrc' / 'cpu'}", *sources, "-o", str(library)]
     subprocess.run(command, check=True)
     return library
 

@@ -1,6 +1,6 @@
 // Tiles in plain C++, after the operation sections of LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBSUD
 // and TDPBF16PS in the Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2. What faults there ends
-// the process here, with a message. For tests only; nothing that is shipped includes this file.
+// the process here, with a message. For tests only (tests/support/emulated_tiles.cpp, tests/support/trapped_tiles.cpp).
 #pragma once
 
 #include <math.h>
@@ -29,40 +29,63 @@ class Tiles {
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 
+  // whether this thread has tiles
+  static bool& in_use() {
+    static thread_local bool flag = false;
+    return flag;
+  }
+
   template <int kTile>
   void zero() {
-    check(rows(kTile) > 0, "TILEZERO: the tile is not configured");
-    memset(tiles_[kTile], 0, sizeof(tiles_[kTile]));
+    zero(kTile);
   }
 
   template <int kTile>
   void load(const void* first_row, int64_t stride) {
-    zero<kTile>();
-    for (int r = 0; r < rows(kTile); ++r) {
-      memcpy(tiles_[kTile][r], static_cast<const char*>(first_row) + r * stride, row_bytes(kTile));
-    }
+    load(kTile, first_row, stride);
   }
 
   template <int kTile>
   void store(void* first_row, int64_t stride) const {
-    check(rows(kTile) > 0, "TILESTORED: the tile is not configured");
-    for (int r = 0; r < rows(kTile); ++r) {
-      memcpy(static_cast<char*>(first_row) + r * stride, tiles_[kTile][r], row_bytes(kTile));
-    }
+    store(kTile, first_row, stride);
   }
 
   template <TileDot kDot, int kC, int kA, int kB>
   void dot() {
-    static_assert(kC != kA && kC != kB && kA != kB, "the instructions fault on equal operands");
-    check(rows(kC) > 0 && rows(kA) > 0 && rows(kB) > 0, "a product of tiles that are not configured");
-    check(rows(kC) == rows(kA) && row_bytes(kC) == row_bytes(kB) && row_bytes(kA) == 4 * static_cast<size_t>(rows(kB)),
+    dot(kDot, kC, kA, kB);
+  }
+
+  void zero(int tile) {
+    check(rows(tile) > 0, "TILEZERO: the tile is not configured");
+    memset(tiles_[tile], 0, sizeof(tiles_[tile]));
+  }
+
+  void load(int tile, const void* first_row, int64_t stride) {
+    check(rows(tile) > 0, "TILELOADD: the tile is not configured");
+    memset(tiles_[tile], 0, sizeof(tiles_[tile]));
+    for (int r = 0; r < rows(tile); ++r) {
+      memcpy(tiles_[tile][r], static_cast<const char*>(first_row) + r * stride, row_bytes(tile));
+    }
+  }
+
+  void store(int tile, void* first_row, int64_t stride) const {
+    check(rows(tile) > 0, "TILESTORED: the tile is not configured");
+    for (int r = 0; r < rows(tile); ++r) {
+      memcpy(static_cast<char*>(first_row) + r * stride, tiles_[tile][r], row_bytes(tile));
+    }
+  }
+
+  void dot(TileDot kind, int c, int a, int b) {
+    check(c != a && c != b && a != b, "a product with the same tile twice");
+    check(rows(c) > 0 && rows(a) > 0 && rows(b) > 0, "a product of tiles that are not configured");
+    check(rows(c) == rows(a) && row_bytes(c) == row_bytes(b) && row_bytes(a) == 4 * static_cast<size_t>(rows(b)),
           "a product of tiles whose shapes do not fit");
-    check(row_bytes(kC) % 4 == 0, "a product of tiles whose rows are not of 4-byte elements");
-    for (int m = 0; m < rows(kC); ++m) {
-      if constexpr (kDot == TileDot::kInt8) {
-        add_int8_row<kC, kA, kB>(m);
+    check(row_bytes(c) % 4 == 0, "a product of tiles whose rows are not of 4-byte elements");
+    for (int m = 0; m < rows(c); ++m) {
+      if (kind == TileDot::kInt8) {
+        add_int8_row(m, tiles_[c], tiles_[a], tiles_[b], row_bytes(c) / 4, row_bytes(a) / 4);
       } else {
-        add_bfloat16_row<kC, kA, kB>(m);
+        add_bfloat16_row(m, tiles_[c], tiles_[a], tiles_[b], row_bytes(c) / 4, row_bytes(a) / 4);
       }
     }
   }
@@ -74,27 +97,22 @@ class Tiles {
     abort();
   }
 
-  static bool& in_use() {
-    static thread_local bool flag = false;
-    return flag;
-  }
-
   int rows(int tile) const { return config_.rows[tile]; }
   size_t row_bytes(int tile) const { return config_.row_bytes[tile]; }
 
-  template <int kC, int kA, int kB>
-  void add_int8_row(int m) {
-    for (size_t n = 0; n < row_bytes(kC) / 4; ++n) {
+  using Tile = uint8_t[kTileRows][kTileRowBytes];
+
+  static void add_int8_row(int m, Tile& c, const Tile& a, const Tile& b, size_t columns, size_t steps) {
+    for (size_t n = 0; n < columns; ++n) {
       // the instruction wraps around, as unsigned numbers do
       uint32_t sum;
-      memcpy(&sum, tiles_[kC][m] + 4 * n, 4);
-      for (size_t k = 0; k < row_bytes(kA) / 4; ++k) {
+      memcpy(&sum, c[m] + 4 * n, 4);
+      for (size_t k = 0; k < steps; ++k) {
         for (size_t i = 0; i < 4; ++i) {
-          const int a = static_cast<int8_t>(tiles_[kA][m][4 * k + i]), b = tiles_[kB][k][4 * n + i];
-          sum += static_cast<uint32_t>(a * b);
+          sum += static_cast<uint32_t>(static_cast<int8_t>(a[m][4 * k + i]) * b[k][4 * n + i]);
         }
       }
-      memcpy(tiles_[kC][m] + 4 * n, &sum, 4);
+      memcpy(c[m] + 4 * n, &sum, 4);
     }
   }
 
@@ -109,25 +127,24 @@ class Tiles {
   }
 
   // the even and the odd elements of k are two chains of fused multiply-adds from 0; their sum is added to C
-  template <int kC, int kA, int kB>
-  void add_bfloat16_row(int m) {
-    for (size_t n = 0; n < row_bytes(kC) / 4; ++n) {
+  static void add_bfloat16_row(int m, Tile& c, const Tile& a, const Tile& b, size_t columns, size_t steps) {
+    for (size_t n = 0; n < columns; ++n) {
       float chain[2] = {0.0f, 0.0f};
-      for (size_t k = 0; k < row_bytes(kA) / 4; ++k) {
+      for (size_t k = 0; k < steps; ++k) {
         for (size_t i = 0; i < 2; ++i) {
-          const float a = element(tiles_[kA][m] + 4 * k + 2 * i), b = element(tiles_[kB][k] + 4 * n + 2 * i);
-          chain[i] = flushed(fmaf(a, b, chain[i]));
+          const float factor = element(a[m] + 4 * k + 2 * i);
+          chain[i] = flushed(fmaf(factor, element(b[k] + 4 * n + 2 * i), chain[i]));
         }
       }
-      float c;
-      memcpy(&c, tiles_[kC][m] + 4 * n, 4);
-      c = flushed(flushed(c) + flushed(chain[0] + chain[1]));
-      memcpy(tiles_[kC][m] + 4 * n, &c, 4);
+      float sum;
+      memcpy(&sum, c[m] + 4 * n, 4);
+      sum = flushed(flushed(sum) + flushed(chain[0] + chain[1]));
+      memcpy(c[m] + 4 * n, &sum, 4);
     }
   }
 
   TileConfig config_;
-  uint8_t tiles_[kNumTiles][kTileRows][kTileRowBytes];
+  Tile tiles_[kNumTiles];
 };
 
 }  // namespace
