@@ -7,6 +7,7 @@ Exit codes: 0 ok, 1 failed, 2 wrong usage, 130 interrupted. Every error is one s
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import traceback
@@ -70,6 +71,10 @@ def _drop_stdout() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit with its code."""
+    if arguments is None:
+        # a process of its own: all that is imported stays to the end, and walking through torch's objects again and
+        # again would take a quarter of a short command's time
+        gc.freeze()
     sys.exit(_main(arguments))
 
 

@@ -279,8 +279,7 @@ class CpuExecutor:
     """Runs steps of a plan in C++.
 
     The weights are packed here, once, or come packed from an earlier process (packed_cache.py): later changes of the
-    model's tensors are not seen. Embedding tables are read
-    from the model's own tensors.
+    model's tensors are not seen. Embedding tables are read from the model's own tensors.
 
     Args:
         plan: what to run; weights on CPU.

@@ -5,11 +5,11 @@ over the plan, the packing code and the instruction set. So it does not matter w
 were changed since: other weights have another key. No path, date or size of a checkpoint's file is trusted, and no
 entry can be stale.
 
-Key. SHA-256 over: the format of this file; the version of gpt2rt and the bytes of the extension, which hold the layout
-of panels; the instruction set; the plan's table, which holds every offset, format and arithmetic; dtype, shape, strides
-and fingerprint of each source. The fingerprints are keyed with a secret of the folder (see ``ops.fingerprint``): a
-checkpoint made to collide with another would poison that one's entry. They cost one pass over the weights, 28 ms for
-470 MiB (EPYC Zen 4, one thread), which is 3 % of packing them.
+Key. SHA-256 over: the version of gpt2rt and the bytes of the extension, which hold the layout of panels; the
+instruction set; the plan's table, which holds every offset, format and arithmetic; dtype, shape, orientation and
+fingerprint of each source. The fingerprints are keyed with a secret of the folder (see ``ops.fingerprint``): a
+checkpoint made to collide with another would poison that one's entry. They cost one pass over the weights: 28 ms for
+470 MiB (EPYC Zen 4, one thread), which take 1.1 s and more to pack.
 
 Trust. Entries lie in a folder of the user's own with mode 0700. Folder and files are used only if they belong to this
 user and nobody else may write to them. Every byte is checked against the entry's fingerprint before use. A file that

@@ -17,7 +17,7 @@ from gpt2rt.checkpoint.resolve import Source
 from gpt2rt.checkpoint.weights import Weights
 from gpt2rt.errors import CheckpointError
 from gpt2rt.quantization.bitsandbytes import BitsAndBytesConfig
-from gpt2rt.quantization.blockwise import from_blocks, nest_scales, quantize_flat
+from gpt2rt.quantization.blockwise import quantize_blocks
 from gpt2rt.quantization.config import QuantizationConfig
 from gpt2rt.quantization.resolve import StoredQuantization, from_checkpoint_config, resolve_quantization
 from gpt2rt.quantization.rtn import check_weight, quantize_rtn
@@ -331,11 +331,13 @@ class QuantizedFill:
         info = self._weights.infos[name]
         if form in _NARROW:
             return convert(tensor, info, _NARROW[form], check_finite).clone(), None
-        matrix_floats = tensor.t() if isinstance(module, Conv1D) else tensor
+        floats = tensor.t() if isinstance(module, Conv1D) else tensor
         try:
             if form == self.config.scheme and self.config.double_quant:
-                return _nested(matrix_floats, self.config)
-            weight = quantize_rtn(matrix_floats, self.config, scheme=form)
+                check_weight(floats)
+                assert self.config.group_size is not None
+                return quantize_blocks(floats, form, self.config.group_size, double_quant=True)
+            weight = quantize_rtn(floats, self.config, scheme=form)
             if rounded is not None:
                 rounded.add(key, weight)
             return weight, None
@@ -367,13 +369,3 @@ class QuantizedFill:
             # files of gptq say sym for any zero points
             config = dataclasses.replace(config, symmetric=False)
         model.note_quantization(config, config if isinstance(face, QuantizationConfig) else face)
-
-
-def _nested(matrix: Tensor, config: QuantizationConfig) -> tuple[QuantizedWeight, Any]:
-    """A matrix in nf4 or fp4 with double quantisation, and its scales as they are stored."""
-    check_weight(matrix)
-    assert config.group_size is not None
-    codes, absmax = quantize_flat(matrix.reshape(-1), config.scheme, config.group_size)
-    nested = nest_scales(absmax)
-    shape = (matrix.size(0), matrix.size(1))
-    return from_blocks(codes, nested.dequantize(), config.scheme, shape, config.group_size), nested

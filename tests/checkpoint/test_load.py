@@ -336,9 +336,9 @@ def test_f16_integers_are_no_weights(saved):
 
 
 @pytest.mark.proves("fault:F17")
-def test_quantised_checkpoints_are_refused_by_name(saved):
+def test_f17_floats_are_no_quantised_checkpoint(saved):
     edit_config(saved, quantization_config={"load_in_4bit": True})
-    with pytest.raises(CheckpointError, match=r"quantization_config"):
+    with pytest.raises(CheckpointError, match=r"c_attn.weight' holds torch.float32, but quantization_config says fp4"):
         GPT2LMHeadModel.from_pretrained(saved)
 
 

@@ -11,6 +11,7 @@ import torch
 from gpt2rt import ops
 from gpt2rt.graph import packed_file
 from gpt2rt.graph.packed_file import TRAILER_BYTES, UnusableFileError
+from gpt2rt.ops.arena import allocate_arena
 
 pytestmark = pytest.mark.skipif(not ops.extension_status().loaded, reason="the C++ extension is not built")
 
@@ -65,8 +66,6 @@ def test_pages_are_counted_by_the_kernel():
     small = torch.ones(3 * 4096, dtype=torch.uint8)
     start = -small.data_ptr() % 4096
     assert packed_file._huge_bytes(small[start : start + 4096]) in (0, 4096)
-    from gpt2rt.ops.arena import allocate_arena
-
     arena = allocate_arena(8 * 2**20)
     assert packed_file._huge_bytes(arena) == 0
     arena.fill_(1)

@@ -177,7 +177,6 @@ def test_another_scheme_for_embeddings():
         quantize_rtn(weight, config, scheme="float16")
 
 
-@pytest.mark.proves("fault:F14", "fault:F15")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp4"])
 def test_weights_that_are_not_finite(scheme, bad):
