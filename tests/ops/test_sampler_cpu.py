@@ -228,6 +228,7 @@ print(ops.sample(scores, uniforms).tolist(), int(ops.sampling_weights(scores).su
 
 def test_every_instruction_set_draws_the_same(run_python):
     outputs = {}
+    # the levels above avx512 have its sampler
     for isa in ("portable", "avx2", "avx512"):
         done = run_python(PROGRAM, GPT2RT_CPU_ISA=isa)
         if done.returncode:
