@@ -43,6 +43,7 @@ def best():
     ).stdout.strip()
 
 
+@pytest.mark.proves("fault:F61")
 @pytest.mark.parametrize("isa", OTHERS)
 def test_ops_are_right_on(isa, best):
     """The other tests of this folder once more, with the instruction set forced."""
@@ -67,6 +68,25 @@ def test_ops_are_right_on(isa, best):
         timeout=110,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+GENERATE = """
+import gpt2rt.ops as ops
+from gpt2rt import GPT2LMHeadModel
+
+model = GPT2LMHeadModel.from_pretrained("gpt2rt/tiny-gpt2")
+tokens = [model.generate([[5, 9, 12]], max_new_tokens=24, do_sample=False, kv_cache_dtype=d)[0].tolist()
+          for d in ("float32", "int8")]
+print(ops.cpu_isa(), model.generation_executor().name, tokens)
+"""
+
+
+@pytest.mark.proves("fault:F61")
+def test_the_same_tokens_on_every_instruction_set(best, run_python):
+    lines = {isa: run_python(GENERATE, GPT2RT_CPU_ISA=isa).stdout.split(" ", 2) for isa in ISAS[ISAS.index(best) :]}
+    for isa, (used, executor, tokens) in lines.items():
+        assert (used, executor) == (isa, "cpu")
+        assert tokens == lines["portable"][2]
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -8,6 +8,7 @@ import torch
 from cpu_step_model import Config, StepModel
 
 import gpt2rt.ops as ops
+from gpt2rt import GPT2Config, GPT2LMHeadModel
 
 
 def setup_model(num_tokens=60):
@@ -17,7 +18,8 @@ def setup_model(num_tokens=60):
     return model, batch
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
+@pytest.mark.proves("fault:F61")
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 8, 64])
 def test_any_number_of_threads(num_threads):
     model, batch = setup_model()
     expected = model.step(batch)[0]
@@ -44,6 +46,53 @@ def test_several_python_threads_call_at_once():
     assert wrong == []
 
 
+@pytest.mark.proves("fault:F61")
+def test_several_models_generate_at_once_beside_torchs_own_threads(monkeypatch):
+    """Engines in one process share the pool; each has its own weights, cache and scratch memory."""
+    monkeypatch.setenv("GPT2RT_NUM_THREADS", "3")
+    models = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        fields = {"vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 3, "bos_token_id": 1}
+        models.append(GPT2LMHeadModel(GPT2Config(**fields, eos_token_id=2, initializer_range=0.3)).eval())
+    prompts = [[5, 9, 12, 7], [33] * 20, [4, 8]]
+    settings = [{}, {"kv_cache_dtype": "int8"}, {"num_beams": 2}, {"do_sample": True, "seed": 1}]
+    settings = [{"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, **more} for more in settings]
+    expected = {(m, s): models[m].generate(prompts, **settings[s]) for m in range(3) for s in range(len(settings))}
+    wrong, stop = [], threading.Event()
+
+    def work(offset):
+        try:
+            for i in range(8):
+                key = (offset + i) % 3, (2 * offset + i) % len(settings)
+                if not torch.equal(models[key[0]].generate(prompts, **settings[key[1]]), expected[key]):
+                    wrong.append(key)
+        except Exception as error:
+            wrong.append(error)
+
+    def torchs_own():
+        a = torch.randn(200, 200)
+        product = a @ a
+        while not stop.is_set():
+            if not torch.allclose(a @ a, product):
+                wrong.append("torch.matmul")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        other = threading.Thread(target=torchs_own)
+        for thread in (*threads, other):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stop.set()
+        other.join()
+    finally:
+        torch.set_num_threads(before)
+    assert wrong == []
+
+
 def test_a_refused_call_leaves_the_pool_usable():
     model, batch = setup_model()
     expected = model.step(batch)[0]
@@ -56,15 +105,20 @@ def test_a_refused_call_leaves_the_pool_usable():
 FORK = """
 import os, sys, torch
 from cpu_step_model import Config, StepModel
+from gpt2rt import GPT2LMHeadModel
 
 model = StepModel(Config())
 batch = model.batch([(list(range(60)), 0)], [[0, 1, 2, 3]])
 expected = model.step(batch, num_threads=3)[0]
+gpt, prompt = GPT2LMHeadModel.from_pretrained("gpt2rt/tiny-gpt2"), [[5, 9, 12]]
+tokens = gpt.generate(prompt, max_new_tokens=6, do_sample=False)
 for _ in range(3):
     child = os.fork()
     if child == 0:
         # the parent's threads do not exist here; a pool that waits for them would hang
         same = all(torch.equal(model.step(batch, num_threads=n)[0], expected) for n in (3, 2, 5))
+        # a model that has generated before the fork
+        same = same and torch.equal(gpt.generate(prompt, max_new_tokens=6, do_sample=False), tokens)
         grandchild = os.fork()
         if grandchild == 0:
             os._exit(0 if torch.equal(model.step(batch, num_threads=2)[0], expected) else 1)
@@ -77,6 +131,7 @@ print("ok")
 """
 
 
+@pytest.mark.proves("fault:F61")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_pool_works_after_fork(run_python):
     done = run_python(FORK)
