@@ -1,5 +1,5 @@
 // Whether the kernels on tiles compute what they should: small products against plain loops, and int4 against the
-// kernel without tiles. Run once before the kernels are used, because no processor is asked before: a hypervisor that
+// kernel without tiles. Run once, before the kernels are used: a hypervisor that
 // loses the registers or a compiler that reorders their loads must not give wrong numbers in silence.
 //
 // All values are small integers and all scales powers of two, so every way of summing is exact and equality is asked.
