@@ -10,7 +10,7 @@
 // numbers of its own: for each 32 elements of k, as TDPBF16PS rounds, one chain over the even and one over the odd
 // elements, whose sum is added to the total; the elements missing to 32 are zeros. Rows of any number go this way.
 //
-// TODO: the bounds below come from counting instructions; tune them once there is a processor with AMX to measure on.
+// The bounds below come from counting instructions, not from measurements: the project has had no processor with AMX.
 #pragma once
 
 namespace gpt2rt::GPT2RT_ISA {
