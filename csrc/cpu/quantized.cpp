@@ -86,27 +86,32 @@ void pack_int8_panel(const Quantized& w, int64_t first, int64_t columns, char* o
   std::memset(out, 128, static_cast<size_t>(padded * kPanel));
   float* scales = reinterpret_cast<float*>(out + padded * kPanel);
   for (int64_t c = 0; c < kPanel; ++c) scales[c] = c < columns ? static_cast<const float*>(w.scales)[first + c] : 0.0f;
-  for (int64_t c = 0; c < columns; ++c) {
-    const char* codes = static_cast<const char*>(w.codes) + (first + c) * w.codes_stride;
-    for (int64_t i = 0; i < w.k; i += 4) {
-      uint32_t word = 0;
-      std::memcpy(&word, codes + i, static_cast<size_t>(w.k - i < 4 ? w.k - i : 4));
-      // signed codes and the zeros past K become unsigned ones around 128
-      word ^= 0x80808080u;
-      std::memcpy(out + (i / 4 * kPanel + c) * 4, &word, 4);
+  // a cache line of every row at a time: columns are read in order and written 256 bytes apart, within 4 KiB
+  for (int64_t block = 0; block < w.k; block += kInt8Group) {
+    const int64_t end = w.k - block < kInt8Group ? w.k : block + kInt8Group;
+    for (int64_t c = 0; c < columns; ++c) {
+      const char* codes = static_cast<const char*>(w.codes) + (first + c) * w.codes_stride;
+      for (int64_t i = block; i < end; i += 4) {
+        uint32_t word = 0;
+        std::memcpy(&word, codes + i, static_cast<size_t>(w.k - i < 4 ? w.k - i : 4));
+        // signed codes and the zeros past K become unsigned ones around 128
+        word ^= 0x80808080u;
+        std::memcpy(out + (i / 4 * kPanel + c) * 4, &word, 4);
+      }
     }
   }
 }
 
 // the eight codes i..i+7 of a row as a packed word: nibbles of elements 0, 4, 1, 5, 2, 6, 3, 7 from the lowest up
 uint32_t pack_word(const uint8_t* codes, int64_t i, int64_t k) {
-  uint32_t word = 0;
-  for (int64_t j = 0; j < 8 && i + j < k; ++j) {
-    const uint8_t pair = codes[(i + j) / 2];
-    const uint32_t code = (i + j) % 2 == 0 ? pair >> 4 : pair & 15;
-    word |= code << (8 * (j % 4) + 4 * (j / 4));
-  }
-  return word;
+  uint8_t pairs[4] = {};
+  const int64_t count = k - i < 8 ? k - i : 8;
+  std::memcpy(pairs, codes + i / 2, static_cast<size_t>((count + 1) / 2));
+  // the low half of the last byte of an odd row belongs to no element
+  if (count % 2 != 0) pairs[count / 2] &= 0xf0;
+  const auto join = [](int low, int high) { return static_cast<uint32_t>(low | high << 4); };
+  return join(pairs[0] >> 4, pairs[2] >> 4) | join(pairs[0] & 15, pairs[2] & 15) << 8 |
+         join(pairs[1] >> 4, pairs[3] >> 4) << 16 | join(pairs[1] & 15, pairs[3] & 15) << 24;
 }
 
 void pack_4bit_panel(const Quantized& w, int64_t first, int64_t columns, char* out) {

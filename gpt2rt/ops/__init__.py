@@ -8,6 +8,7 @@ from .embedding import embedding
 from .fingerprint import FINGERPRINT_KEY_BYTES, fingerprint
 from .linear import PANEL, linear, linear_gelu_new, linear_residual, pack_linear, packed_linear_bytes
 from .norm import add_layer_norm, layer_norm
+from .packed import WEIGHT_FORMATS, packed_linear, unpack_linear
 from .quantized import has_kernel, pack_quantized, packed_quantized_bytes, quantized_linear
 from .sampling import MAX_SCORES, WEIGHT_UNIT, argmax, sample, sampling_weights
 from .step import CPU_ISAS, MAX_TOP, cpu_isa, cpu_isa_limit, cpu_step, cpu_step_workspace_bytes
@@ -18,6 +19,7 @@ __all__ = [
     "MAX_SCORES",
     "MAX_TOP",
     "PANEL",
+    "WEIGHT_FORMATS",
     "WEIGHT_UNIT",
     "ExtensionStatus",
     "add_layer_norm",
@@ -42,6 +44,7 @@ __all__ = [
     "op_forms",
     "pack_linear",
     "pack_quantized",
+    "packed_linear",
     "packed_linear_bytes",
     "packed_quantized_bytes",
     "paged_decode_attention",
@@ -49,6 +52,7 @@ __all__ = [
     "quantized_linear",
     "sample",
     "sampling_weights",
+    "unpack_linear",
     "write_kv",
 ]
 

@@ -15,6 +15,7 @@ NUMERICAL = [
     "test_rows_cpu.py",
     "test_linear_cpu.py",
     "test_quantized_linear_cpu.py",
+    "test_packed_linear_cpu.py",
     "test_attention_cpu.py",
     "test_attention_int8_cpu.py",
     "test_cpu_step.py",
@@ -23,9 +24,9 @@ NUMERICAL = [
 ISAS = list(reversed(ops.CPU_ISAS)) if platform.machine() == "x86_64" else ["portable"]
 # a level that replaces a few kernels of the one below is tested where they run
 FILES = {
-    "amx": ["test_linear_cpu.py", "test_quantized_linear_cpu.py", "test_cpu_step.py"],
-    "avx512_bf16": ["test_linear_cpu.py", "test_cpu_step.py"],
-    "avx512_vnni": ["test_quantized_linear_cpu.py"],
+    "amx": ["test_linear_cpu.py", "test_quantized_linear_cpu.py", "test_packed_linear_cpu.py", "test_cpu_step.py"],
+    "avx512_bf16": ["test_linear_cpu.py", "test_packed_linear_cpu.py", "test_cpu_step.py"],
+    "avx512_vnni": ["test_quantized_linear_cpu.py", "test_packed_linear_cpu.py"],
 }
 
 # the rest of this run tests the one in use

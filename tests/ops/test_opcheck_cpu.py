@@ -45,6 +45,9 @@ def quantized_cases():
         yield OPS.quantized_linear, (x, *case.tensors, bias, 128, case.group_size, integers)
     size = ops.packed_quantized_bytes(70, 128, bits=4, group_size=64, has_zeros=False, has_codebook=True)
     yield OPS.pack_quantized, (*case.tensors, 128, 64, aligned_bytes(size))
+    packed = aligned_bytes(size)
+    yield OPS.packed_linear, (x, packed, case.codebook, None, 70, 5, 64, False, False, 1, torch.empty(5, 70))
+    yield OPS.unpack_linear, (packed, case.codebook, 5, 64, False, torch.empty(70, 128))
 
 
 def pool_cases():

@@ -4,9 +4,9 @@
 // row brings sum q. The sum, as float32, is multiplied by the scale of the row's group times the scale of the weight's
 // and added to the total in the order of the groups. int8 weights have one scale for all of k, applied last.
 //
-// A panel is one sequential stream, prefetched ahead, whatever the number of rows: the groups are the outer loop, the
-// rows the inner one, in blocks whose sums stay in registers; the totals stay in L1. Of many rows, each group of int4
-// is unpacked once to bytes.
+// A panel is one sequential stream, whatever the number of rows: the groups are the outer loop, the rows the inner one,
+// in blocks whose sums stay in registers; the totals stay in L1. Of many rows, each group of int4 is unpacked once to
+// bytes.
 #pragma once
 
 namespace gpt2rt::GPT2RT_ISA {
@@ -131,7 +131,9 @@ inline void add_group_tile(int64_t m, const IntGroup& group, IntRows rows) {
   const int64_t blocks = (m + kIntRows - 1) / kIntRows;
   const char* ahead = reinterpret_cast<const char*>(group.codes) + kCodesAhead;
   constexpr bool kFromMemory = kCodes != IntCodes::kUnpacked && kCodes != IntCodes::kUnpackedZeros;
-  const int lines = !kFromMemory ? 0 : blocks == 1 ? 4 : blocks == 2 ? 2 : 1;
+  // one block is so fast that the processor's own prefetching does better alone: one row of int4 3072 x 768 on Zen 4
+  // with 2 MiB pages took 20 us instead of 24 us
+  const int lines = !kFromMemory || blocks == 1 ? 0 : blocks == 2 ? 2 : 1;
   for (int64_t block = 0, row = 0; block < blocks; ++block) {
     const int64_t left = blocks - block;
     const int count = static_cast<int>((m - row + left - 1) / left);
@@ -181,9 +183,6 @@ inline void sum_int4_panel(const PackedWeight& w, const char* panel, IntRows row
   alignas(64) uint8_t bytes[kUnpackedGroup * kPanel];
   for (int64_t g = 0; g < layout.groups; ++g, panel += group_bytes(w.format, w.group, kZeros)) {
     const Group4 packed = group4(w, panel);
-    for (const char* line = panel; line < reinterpret_cast<const char*>(packed.codes); line += 64) {
-      prefetch(line + kCodesAhead);
-    }
     IntGroup group{packed.codes, w.group / 8, packed.half_scales, packed.zeros};
     if (unpack) {
       unpack_nibbles(packed.codes, group.steps, bytes);
