@@ -110,7 +110,10 @@ CALL_FAULTS = {
     "streamed beams": ({"num_beams": 2, "streamer": object()}, "`streamer` cannot be used with beam search"),
     "offloaded": ({"cache_implementation": "offloaded"}, "does not support cache_implementation='offloaded': keys"),
     "offloaded static": ({"cache_implementation": "offloaded_static"}, "keys and values are not moved"),
-    "quantized": ({"cache_implementation": "quantized"}, "keys and values are kept in the model's dtype"),
+    "quantized to 4 bits": (
+        {"cache_implementation": "quantized", "cache_config": {"nbits": 4}},
+        "nbits=4: a quantized cache has 8 bits",
+    ),
     "no such cache": ({"cache_implementation": "tiny"}, "cache_implementation must be"),
     "short static cache": (
         {"cache_implementation": "static", "max_cache_len": 8, "max_new_tokens": 8},

@@ -235,6 +235,8 @@ def test_a_nearly_full_disk_is_left_alone(cache, folder, monkeypatch):
 
 
 def _work(folder, barrier, results, key, size):
+    # torch's own threads do not outlive a fork, and a child that asked for them would wait for ever
+    torch.set_num_threads(1)
     cache = PackedCache(folder)
     payload = new_payload(size)
     barrier.wait(60)
