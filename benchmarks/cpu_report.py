@@ -1,7 +1,7 @@
 """Tables and plot of a result of cpu_decode.py.
 
-python benchmarks/cpu_report.py benchmarks/results/cpu_decode_124M.json            # markdown
-python benchmarks/cpu_report.py benchmarks/results/cpu_decode_124M.json --png 124M.png
+python benchmarks/cpu_report.py benchmarks/results/cpu-decode-124M-formats.json            # markdown
+python benchmarks/cpu_report.py benchmarks/results/cpu-decode-124M-formats.json --png 124M.png
 """
 
 from __future__ import annotations
