@@ -142,6 +142,7 @@ def make_sampler(plan: DecodePlan) -> Sampler | None:
         settings[name] = getattr(warper, name)
     if settings.get("temperature", 1.0) > torch.finfo(torch.float32).max:
         return None
+    # mypy checks a dict of settings against every parameter at once
     return Sampler(plan.num_rows, do_sample=True, **settings)  # type: ignore[arg-type]
 
 

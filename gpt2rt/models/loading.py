@@ -240,6 +240,7 @@ class LoadingModel(SavingModel):
             require_filled(model, weights.where)
         layers.finish()
         for module in model.modules():
+            # mypy takes every attribute of a module for a tensor or module
             module._is_hf_initialized = True  # type: ignore[assignment]
         model.config.dtype = chosen
         model.name_or_path = model.config.name_or_path

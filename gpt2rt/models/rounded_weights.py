@@ -107,6 +107,7 @@ def _pack(weights: Mapping[str, QuantizedWeight]) -> Tensor:
 
 def _unpack(packed: Tensor) -> Iterator[tuple[str, QuantizedWeight]]:
     """What :func:`_pack` was given; the tensors share the memory of ``packed``, each with a storage of its own."""
+    # an array offers the buffer protocol, which its type hints leave out
     view = memoryview(packed.numpy())  # type: ignore[arg-type]
     start = 8 + int.from_bytes(view[:8], "little")
     for key, (scheme, shape, group_size, activations, places) in json.loads(bytes(view[8:start])).items():
