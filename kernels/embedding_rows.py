@@ -124,7 +124,8 @@ def embedding_rows_triton(
             HAS_ZEROS=wte.zeros is not None,
             BLOCK=block,
             PDL=pdl,
-            num_warps=max(1, block // 128),
+            # 8 elements a thread: one 16-byte load of float16
+            num_warps=max(1, block // 256),
             **({"launch_pdl": True} if pdl else {}),
             **OPTIONS,
         )

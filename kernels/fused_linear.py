@@ -142,9 +142,8 @@ def fused_linear_triton(
         weight: (N, K).
         bias: [N] or None.
         out: [M, N] (with ``append`` [M, N / 3]), contiguous rows, a storage dtype; written.
-        workspace: uint8, at least ``linear_tiles.workspace_bytes`` of the call, on the device; zero at first, and left
-            so.
-        norm: of the rows of ``x``, as a prologue; only for up to 64 rows.
+        workspace: uint8, at least ``linear_tiles.workspace_bytes`` of the call, on the device; it may hold anything.
+        norm: of the rows of ``x``, as a prologue; for more than 64 rows only with ``batch_invariant``.
         activation: one of ``fusion.ACTIVATIONS``.
         residual: [M, N] or None; may be ``out``.
         append: the product is queries, keys and values; these two go to a cache.

@@ -46,7 +46,7 @@ def activated(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu_new":
         # sigmoid instead of tanh: runs on every target and in the interpreter, and keeps the digits of small results
         # that 1 + tanh(z) cancels for negative z
-        y = y * tl.sigmoid(2.0 * SQRT_2_OVER_PI * (y + 0.044715 * y * y * y))
+        y = y * tl.sigmoid((y + 0.044715 * y * y * y) * (2.0 * SQRT_2_OVER_PI))
     elif ACTIVATION == "gelu":
         y = 0.5 * y * (1.0 + tl.erf(y * SQRT_HALF))
     elif ACTIVATION == "relu":
@@ -85,6 +85,8 @@ def store_qkv(
     [BLOCK_M, BLOCK_N] with row and slot [BLOCK_M, 1] and column [1, BLOCK_N]. A slot outside the caches is skipped.
     """
     tl.store(out_ptr + row * stride_out + column, y, mask=mask & (column < E))
+    # the interpreter cannot combine the comparison of a scalar with a mask
+    slot = slot + tl.zeros_like(column)
     within = column % E
     # caches are [num_blocks, E // D, BLOCK_SIZE, D]
     target = (slot // BLOCK_SIZE) * (E * BLOCK_SIZE) + (within // D) * (BLOCK_SIZE * D) + (slot % BLOCK_SIZE) * D

@@ -136,27 +136,38 @@ def linear_residual_ref(x: Tensor, weight: Tensor, bias: Tensor | None, residual
     return (residual.to(dtype) + y).to(x.dtype)
 
 
-def quantize_heads_ref(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys or values as an int8 cache holds them: one symmetric scale for each token and head.
+#: dtypes of caches that hold codes with a scale for each token and head -> the largest code
+LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
-    ``scale = max|x| / 127``, ``code = round_half_even(x * (127 / max|x|))``; a head whose largest element is below
-    1e-30 is zero. A head with NaN or infinity has the scale NaN, so that it spoils what attends to it.
+
+def quantize_heads_ref(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Keys or values as an 8-bit cache holds them: one symmetric scale for each token and head.
+
+    ``scale = max|x| / top``, ``code = round(x * (top / max|x|))`` with the largest code ``top``, 127 of int8 and 448 of
+    float8_e4m3fn, and ties to even (among the numbers of float8); a head whose largest element is below 1e-30 is zero.
+    A head with NaN or infinity has the scale NaN, so that it spoils what attends to it.
+
+    Source of float8_e4m3fn: Micikevicius et al., arXiv:2209.05433.
 
     Args:
         x: [..., D].
+        dtype: int8 or float8_e4m3fn.
 
     Returns:
-        (codes [..., D] int8, scales [...] float32); ``x`` is about ``codes * scales``.
+        (codes [..., D] in ``dtype``, scales [...] float32); ``x`` is about ``codes * scales``.
     """
+    top = LARGEST_CODE[dtype]
     wide = x.float()
     finite = wide.isfinite().all(dim=-1)
     amax = wide.abs().amax(dim=-1)
     some = finite & (amax >= 1e-30)
-    # 127.0 / amax would be amax.reciprocal() * 127.0, which rounds twice
-    factor = torch.where(some, torch.full_like(amax, 127.0) / amax, 0.0)
-    codes = torch.round(torch.where(some[..., None], wide, 0.0) * factor[..., None])
-    scales = torch.where(some, amax / 127.0, 0.0)
-    return codes.to(torch.int8), torch.where(finite, scales, math.nan)
+    # top / amax would be amax.reciprocal() * top, which rounds twice
+    factor = torch.where(some, torch.full_like(amax, top) / amax, 0.0)
+    codes = torch.where(some[..., None], wide, 0.0) * factor[..., None]
+    if dtype == torch.int8:
+        codes = torch.round(codes)
+    scales = torch.where(some, amax / top, 0.0)
+    return codes.to(dtype), torch.where(finite, scales, math.nan)
 
 
 def write_kv_ref(
@@ -172,9 +183,10 @@ def write_kv_ref(
 
     Args:
         key, value: [T, H, D].
-        key_cache, value_cache: [num_blocks, H, block_size, D], written in place; int8: :func:`quantize_heads_ref`.
+        key_cache, value_cache: [num_blocks, H, block_size, D], written in place; int8 and float8_e4m3fn by
+            :func:`quantize_heads_ref`.
         slot_mapping: [T], int64; no slot but -1 may occur twice.
-        key_scales, value_scales: [num_blocks, H, block_size] float32, written in place: of an int8 cache, else None.
+        key_scales, value_scales: [num_blocks, H, block_size] float32, written in place: of an 8-bit cache, else None.
 
     Raises:
         IndexError: a slot is below -1 or not below ``num_blocks * block_size``; nothing is written then.
@@ -194,7 +206,7 @@ def write_kv_ref(
         if scales is None:
             cache[blocks, :, offsets] = x[kept].to(cache.dtype)
         else:
-            cache[blocks, :, offsets], scales[blocks, :, offsets] = quantize_heads_ref(x[kept])
+            cache[blocks, :, offsets], scales[blocks, :, offsets] = quantize_heads_ref(x[kept], cache.dtype)
 
 
 def paged_prefill_attention_ref(
@@ -222,7 +234,7 @@ def paged_prefill_attention_ref(
         query_start_loc: [S + 1], int32, prefix sums of the query lengths; a query length may be 0.
         max_query_len: the largest query length (a bound is enough).
         scale: factor of the scores.
-        key_scales, value_scales: [num_blocks, H, block_size] float32 of an int8 cache, whose keys and values are codes
+        key_scales, value_scales: [num_blocks, H, block_size] float32 of an 8-bit cache, whose keys and values are codes
             times scale; else None.
 
     Returns:
@@ -273,7 +285,7 @@ def paged_decode_attention_ref(
         seq_lens: [S], int32, tokens in the cache after this step; 0 marks a padding row.
         max_seq_len: the largest of ``seq_lens`` (a bound is enough).
         scale: factor of the scores.
-        key_scales, value_scales: [num_blocks, H, block_size] float32 of an int8 cache, whose keys and values are codes
+        key_scales, value_scales: [num_blocks, H, block_size] float32 of an 8-bit cache, whose keys and values are codes
             times scale; else None.
 
     Returns:

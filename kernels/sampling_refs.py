@@ -1,4 +1,4 @@
-"""The definition of argmax, sampling_weights and sample, in plain torch; part of the definitions in ``refs.py``.
+"""The definition of argmax, sampling_weights, sample and uniforms, in plain torch; see ``refs.py`` for the others.
 
 The weight of a score is
 
@@ -115,6 +115,32 @@ def sample_ref(
     columns = torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=scores.size(1) - 1)
     chosen = columns if token_ids is None else token_ids.gather(-1, columns[:, None]).squeeze(-1)
     return torch.where(fine, chosen, -1)
+
+
+def uniforms_ref(seeds: Tensor, requests: Tensor, choices: Tensor, positions: Tensor) -> Tensor:
+    """Numbers in [0, 1) of 53 random bits, by Philox4x32-10: one for each place in the arguments.
+
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11, section 3.3.
+
+    Args:
+        seeds: [R] int64, the key.
+        requests: [R] int64, the counter's upper half.
+        choices: [R] int64; the lower 32 bits are the counter's second word.
+        positions: [R] int64; the lower 32 bits are the counter's first word.
+
+    Returns:
+        [R] float64.
+    """
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = positions & mask, choices & mask, requests & mask, (requests >> 32) & mask
+    k0, k1 = seeds & mask, (seeds >> 32) & mask
+    for _ in range(10):
+        # modulo 2^64, which int64 products are as well
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = ((second >> 32) & mask) ^ c1 ^ k0, ((first >> 32) & mask) ^ c3 ^ k1
+        c1, c3 = second & mask, first & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return ((c0 >> 5) * 2**26 + (c1 >> 6)).double() * 2.0**-53
 
 
 def _fine(scores: Tensor, finite: bool) -> Tensor:

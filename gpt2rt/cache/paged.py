@@ -16,7 +16,9 @@ from gpt2rt.ops.arena import allocate_arena
 
 from .block_pool import BlockPool
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+#: dtypes of keys and values that need a scale for each token and head
+SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, *SCALED_DTYPES)
 
 
 class PagedKVCache:
@@ -28,14 +30,14 @@ class PagedKVCache:
         head_dim: width of one head.
         num_blocks: blocks in the pool.
         block_size: tokens in a block.
-        dtype: storage dtype: float32, float16, bfloat16, or int8, which runs on the CPU: a quarter of float32 and one
-            float32 scale for each token and head (``gpt2rt.kernels.refs.quantize_heads_ref``).
+        dtype: storage dtype: float32, float16, bfloat16, or int8 or float8_e4m3fn: a quarter of float32 and one float32
+            scale for each token and head (``gpt2rt.kernels.refs.quantize_heads_ref``). The cpu executor has no float8.
         device: where the tensors live.
 
     Attributes:
         data: [n_layer, 2, num_blocks, n_head, block_size, head_dim]; index 0 of the second dimension holds keys,
             1 values. On a CPU it lies on 2 MiB pages where the system gives them.
-        scales: [n_layer, 2, num_blocks, n_head, block_size] float32 for int8, else None.
+        scales: [n_layer, 2, num_blocks, n_head, block_size] float32 for int8 and float8, else None.
         pool: which blocks are in use.
 
     Raises:
@@ -61,13 +63,13 @@ class PagedKVCache:
         if block_size < 8 or block_size & (block_size - 1):
             raise ValueError(f"block_size must be a power of two >= 8, got {block_size}; use 16, the default")
         if dtype not in _DTYPES:
-            raise TypeError(f"a KV cache cannot be {dtype}; choose float32, float16, bfloat16 or int8")
+            raise TypeError(f"a KV cache cannot be {dtype}; choose float32, float16, bfloat16, int8 or float8_e4m3fn")
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         # unwritten slots are never read: attention stops at each sequence's length
         self.data = _uninitialized((n_layer, 2, num_blocks, n_head, block_size, head_dim), dtype, device)
         self.scales: Tensor | None = None
-        if dtype == torch.int8:
+        if dtype in SCALED_DTYPES:
             self.scales = _uninitialized((n_layer, 2, num_blocks, n_head, block_size), torch.float32, device)
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -83,11 +85,11 @@ class PagedKVCache:
         return self.data[layer, 1]
 
     def key_scales(self, layer: int) -> Tensor | None:
-        """[num_blocks, n_head, block_size] float32, a view; None unless the cache is int8."""
+        """[num_blocks, n_head, block_size] float32, a view; None unless the cache is int8 or float8."""
         return None if self.scales is None else self.scales[layer, 0]
 
     def value_scales(self, layer: int) -> Tensor | None:
-        """[num_blocks, n_head, block_size] float32, a view; None unless the cache is int8."""
+        """[num_blocks, n_head, block_size] float32, a view; None unless the cache is int8 or float8."""
         return None if self.scales is None else self.scales[layer, 1]
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:

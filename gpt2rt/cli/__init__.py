@@ -1,4 +1,4 @@
-"""The command line: ``gpt2rt generate``, ``run``, ``score``, ``env`` and ``doctor``."""
+"""The command line: ``gpt2rt generate``, ``run``, ``score``, ``quantize``, ``warmup``, ``bench`` and others."""
 
 from .main import app, main
 

@@ -35,7 +35,7 @@ Quantization = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...; also -1 (CPU) or n (cuda:n).")]
-ExecutorName = Annotated[str | None, typer.Option(help="cpu or eager.", show_default="the fastest")]
+ExecutorName = Annotated[str | None, typer.Option(help="cpu, cuda or eager.", show_default="the fastest")]
 Threads = Annotated[int | None, typer.Option(help="Threads on the CPU.", show_default="torch's choice")]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a hub model.")]
 Subfolder = Annotated[str, typer.Option(help="Folder inside the checkpoint.")]

@@ -77,7 +77,8 @@ def command(
     kv_cache_dtype: Annotated[
         str | None,
         typer.Option(
-            help="What keys and values are stored in: float32, bfloat16, float16 or int8.", show_default="the model's"
+            help="What keys and values are stored in: float32, bfloat16, float16, int8 or float8.",
+            show_default="the model's",
         ),
     ] = None,
     settings: Annotated[

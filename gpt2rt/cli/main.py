@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import doctor, env, generate, quantize, run, score
+from . import bench, doctor, env, generate, quantize, run, score, warmup
 from .common import UsageFault
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -29,8 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for module in (generate, run, score, quantize, env, doctor):
+for module in (generate, run, score, quantize, warmup, env, doctor):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
+app.add_typer(bench.app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

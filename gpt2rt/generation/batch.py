@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ListLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from gpt2rt.graph import Executor, StepBatch
 from gpt2rt.graph.cpu import CpuExecutor
 
 from .starts import Starts, compute, prefill
+
+if TYPE_CHECKING:
+    from gpt2rt.graph.device_loop import DeviceLoop, SamplingRows
 
 
 @dataclasses.dataclass
@@ -30,6 +33,19 @@ class Best:
 
     ids: Tensor
     logits: Tensor
+    all_logits: Callable[[], Tensor]
+
+
+@dataclasses.dataclass
+class Chosen:
+    """The tokens that the device chose after a step.
+
+    Attributes:
+        tokens: of each row, -1 for one that has none to choose.
+        all_logits: computes [num_rows, vocab_size] float32, the logits they were chosen from, before the next step.
+    """
+
+    tokens: list[int]
     all_logits: Callable[[], Tensor]
 
 
@@ -132,6 +148,10 @@ class CachedRows:
         self._batch: DecodeBatch | None = None
         # the rows whose block tables are in the batch; none once a table may have changed
         self._batch_rows: list[int] = []
+        # steps whose tokens stay on the device, and the rows and tokens that it goes on with
+        self._loop: DeviceLoop | None = None
+        self._loop_rows: list[int] = []
+        self._loop_tokens: ListLike[int] = ()
 
     def sequence(self, row: int) -> Sequence:
         """The block table of a row that was begun and not freed."""
@@ -141,6 +161,7 @@ class CachedRows:
 
     def begin(self, row: int) -> None:
         """Give a row an empty sequence."""
+        self._settle()
         self.sequences[row] = Sequence(self.cache)
 
     def prefill(
@@ -174,6 +195,7 @@ class CachedRows:
 
     def compute(self, tokens: ListLike[ListLike[int]], rows: ListLike[int]) -> Tensor:
         """[len(rows), vocab_size] float32: compute further tokens of some rows; the logits after each row's last."""
+        self._settle()
         self._batch_rows = []
         return compute(self.executor, self.cache, tokens, [self.sequence(row) for row in rows])
 
@@ -190,6 +212,7 @@ class CachedRows:
         Returns:
             [len(wanted), vocab_size] float32.
         """
+        self._settle()
         self._batch_rows = []
         sequences = [self.sequence(row) for row in rows]
         batch = StepBatch.build(tokens, sequences, all_logits=True, device=self._device)
@@ -199,6 +222,7 @@ class CachedRows:
 
     def next(self, tokens: ListLike[int], rows: list[int]) -> Tensor:
         """[len(rows), vocab_size]: compute one further token of each of some rows."""
+        self._settle()
         return self._step(self._next_batch(tokens, rows))
 
     def next_best(self, tokens: ListLike[int], rows: list[int], count: int) -> Best:
@@ -210,6 +234,47 @@ class CachedRows:
         assert found.top_logits is not None
         # a step writes the same keys and values again
         return Best(found.top_ids, found.top_logits, lambda: self._step(batch))
+
+    def next_chosen(
+        self, tokens: ListLike[int], rows: list[int], sampling: Callable[[], SamplingRows | None]
+    ) -> Chosen:
+        """As :meth:`next`, but the device chooses the next tokens, and begins the step after this one meanwhile.
+
+        Args:
+            tokens, rows: as for :meth:`next`; the executor must be a cuda executor.
+            sampling: how tokens are drawn, asked for only where the device cannot go on by itself.
+        """
+        if self._loop is None:
+            from gpt2rt.graph.cuda import CudaExecutor
+            from gpt2rt.graph.device_loop import DeviceLoop
+
+            assert isinstance(self.executor, CudaExecutor)
+            self._loop = DeviceLoop(self.executor, self.cache, len(self.sequences))
+        loop = self._loop
+        if not loop.pending or self._loop_rows != rows or list(self._loop_tokens) != list(tokens):
+            self._settle()
+            # a row's last token is never computed, so no step is begun ahead for it
+            n_positions = self.executor.plan.n_positions
+            limits = [min(self._max_tokens[row] - 1, n_positions) for row in rows]
+            loop.start(tokens, [self.sequence(row) for row in rows], limits, sampling())
+            loop.launch()
+            self._loop_rows = list(rows)
+        if loop.can_launch():
+            loop.launch()
+        self._loop_tokens = loop.read()
+        return Chosen(list(self._loop_tokens), lambda: self._again(tokens, rows))
+
+    def _again(self, tokens: ListLike[int], rows: list[int]) -> Tensor:
+        """The logits of a step that was just computed."""
+        self._settle()
+        for row in rows:
+            self.truncate(row, self.sequence(row).length - 1)
+        return self.next(tokens, rows)
+
+    def _settle(self) -> None:
+        """Take back what the device began on its own."""
+        if self._loop is not None and self._loop.pending:
+            self._loop.forget()
 
     def _next_batch(self, tokens: ListLike[int], rows: list[int]) -> StepBatch:
         if self._batch is None:
@@ -227,6 +292,7 @@ class CachedRows:
             first: the first of the rows, all of them begun.
             parents: for each of the rows, whose past it gets, counted from ``first``.
         """
+        self._settle()
         old = [self.sequence(first + place) for place in range(len(parents))]
         for place, parent in enumerate(parents):
             self.sequences[first + place] = old[parent].fork() if parent in parents[:place] else old[parent]
@@ -237,6 +303,7 @@ class CachedRows:
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of a row from ``length`` on, if it has been begun and has more."""
+        self._settle()
         sequence = self.sequences[row]
         if sequence is not None and length < sequence.length:
             sequence.truncate(length)
@@ -244,10 +311,13 @@ class CachedRows:
 
     def free(self, rows: Iterable[int]) -> None:
         """Give the blocks of these rows back; rows without any are left alone."""
+        self._settle()
         for row in rows:
             sequence, self.sequences[row] = self.sequences[row], None
             if sequence is not None:
                 sequence.free()
+        if self._loop is not None and not any(self.sequences):
+            self._loop.close()
 
     def _step(self, batch: StepBatch) -> Tensor:
         logits = self.executor.step(batch, self.cache).logits

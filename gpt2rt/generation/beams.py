@@ -26,10 +26,11 @@ from gpt2rt.cache import PagedKVCache
 from gpt2rt.errors import NumericsError, RequestError
 
 from .batch import CachedRows
-from .decode import DecodePlan, Row, cache_lengths, new_cache, prompt_keys
+from .decode import DecodePlan, Row, cache_lengths, prompt_keys
 from .draw import sample_without_replacement
 from .past import cache_columns
 from .random import uniform
+from .reserve import new_cache
 from .sampling import check_logits, quiet_threads
 from .scores import NO_IDS, make_history, processed_scores, spread
 from .starts import BLOCK_SIZE, LayerPairs, read_sequences

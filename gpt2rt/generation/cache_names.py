@@ -17,12 +17,20 @@ from typing import Any
 import torch
 
 from gpt2rt.errors import RequestError
+from gpt2rt.graph import Executor
 
 from .config import GenerationConfig
 
 #: names that are the paged cache; the last three are old names of transformers' static cache
 _PAGED = ("dynamic", "static", "paged", "sliding_window", "hybrid", "hybrid_chunked")
 
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "float8": torch.float8_e4m3fn,
+}
 _REASONS = {
     "offloaded": "keys and values are not moved between devices; the model must fit with its cache",
     "offloaded_static": "keys and values are not moved between devices; the model must fit with its cache",
@@ -76,15 +84,15 @@ def check_cache_length(config: GenerationConfig, lengths: Sequence[int]) -> None
         )
 
 
-def kv_cache_dtype(config: GenerationConfig, device: torch.device) -> torch.dtype | None:
+def kv_cache_dtype(config: GenerationConfig, executor: Executor) -> torch.dtype | None:
     """What keys and values are stored in; None: the model's dtype.
 
     Args:
         config: of the call.
-        device: of the model.
+        executor: what will run the model.
 
     Raises:
-        RequestError: the settings contradict each other, ask for another scheme than int8, or for what the device
+        RequestError: the settings contradict each other, ask for another scheme than int8, or for what the executor
             lacks.
     """
     name = config.get("kv_cache_dtype")
@@ -98,12 +106,12 @@ def kv_cache_dtype(config: GenerationConfig, device: torch.device) -> torch.dtyp
         name = "int8"
     if name == "auto":
         return None
-    if device.type != "cpu":
+    if name == "float8" and executor.name == "cpu":
         raise RequestError(
-            f"kv_cache_dtype={name!r} runs on the CPU only so far, and the model is on {device}; leave it out there"
+            "kv_cache_dtype='float8' has no kernels in the cpu executor; use 'int8', which is as small, or choose "
+            "another executor: model.generation_executor('eager')"
         )
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    return _DTYPES[name]
 
 
 def _check_quantized(cache_config: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence as ListLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from gpt2rt import ops
 from gpt2rt.errors import NumericsError
 from gpt2rt.graph.cpu import CpuExecutor
 
-from .batch import Best
+from .batch import Best, Chosen
 from .history import History
 from .processors import EXCLUDED
 from .random import uniform
@@ -22,6 +22,8 @@ from .scores import NO_IDS, processed_scores, spread
 from .warpers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 if TYPE_CHECKING:
+    from gpt2rt.graph.device_loop import SamplingRows
+
     from .decode import DecodePlan, Row
 
 
@@ -31,6 +33,8 @@ _MOST_BEST = 256
 _SPARE = 16
 # tokens for each of the best from which on it pays: of 97 logits, finding 66 takes 7 us longer than reading all
 _WORTHWHILE = 16
+# rows that one program of the device's loop holds (kernels/advance.py)
+_MOST_ON_DEVICE = 256
 
 
 class Sampler:
@@ -40,6 +44,10 @@ class Sampler:
         num_rows: the most rows of a call.
         do_sample: draw; otherwise the largest score is taken, and there are no settings.
         temperature, top_k, top_p, min_p: as for ``ops.sample``; None: off.
+        device: where the scores will be.
+
+    Attributes:
+        device: the same.
     """
 
     def __init__(
@@ -51,11 +59,13 @@ class Sampler:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         self._draws = do_sample
         self._top_k = top_k
         self._settings = [
-            None if value is None else torch.full((num_rows,), value, dtype=dtype)
+            None if value is None else torch.full((num_rows,), value, dtype=dtype, device=device)
             for value, dtype in (
                 (temperature, torch.float64),
                 (top_k, torch.int64),
@@ -70,7 +80,7 @@ class Sampler:
         """The next token of each row, -1 for one that has none to choose.
 
         Args:
-            scores: [count, vocab_size] float32, on the CPU.
+            scores: [count, vocab_size] float32, on the sampler's device.
             numbers: for each row one in [0, 1), if tokens are drawn.
             finite: no score may be infinite.
         """
@@ -86,6 +96,13 @@ class Sampler:
             return 0
         count = self._top_k + _SPARE
         return count if _WORTHWHILE * count <= vocab_size else 0
+
+    def settings(self, count: int) -> dict[str, list[Any] | None]:
+        """temperature, top_k, top_p and min_p of so many rows; None: off."""
+        return {
+            name: None if values is None else values[:count].tolist()
+            for name, values in zip(("temperature", "top_k", "top_p", "min_p"), self._settings, strict=True)
+        }
 
     def choose_best(self, best: Best, numbers: ListLike[float]) -> list[int] | None:
         """As :meth:`choose`, from the best logits; None if they do not suffice, or some logits are not finite."""
@@ -104,7 +121,7 @@ class Sampler:
         temperature, top_k, top_p, min_p = self._slices
         return ops.sample(
             scores,
-            torch.tensor(numbers, dtype=torch.float64),
+            torch.tensor(numbers, dtype=torch.float64, device=self.device),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -118,12 +135,13 @@ class Sampler:
 def make_sampler(plan: DecodePlan) -> Sampler | None:
     """A sampler that does what the warpers of a call do, one after another; None if there is none that does."""
     model = plan.executor.plan
-    if model.device.type != "cpu" or not ops.extension_status().loaded or plan.output_scores:
+    on_cpu = model.device.type == "cpu" and ops.extension_status().loaded
+    if plan.output_scores or not (on_cpu or plan.executor.name == "cuda"):
         return None
     if model.vocab_size > ops.MAX_SCORES:
         return None
     if not plan.do_sample:
-        return None if plan.warpers else Sampler(plan.num_rows, do_sample=False)
+        return None if plan.warpers else Sampler(plan.num_rows, do_sample=False, device=model.device)
     settings: dict[str, float] = {}
     names = {
         TemperatureLogitsWarper: "temperature",
@@ -143,7 +161,7 @@ def make_sampler(plan: DecodePlan) -> Sampler | None:
     if settings.get("temperature", 1.0) > torch.finfo(torch.float32).max:
         return None
     # mypy checks a dict of settings against every parameter at once
-    return Sampler(plan.num_rows, do_sample=True, **settings)  # type: ignore[arg-type]
+    return Sampler(plan.num_rows, do_sample=True, device=model.device, **settings)  # type: ignore[arg-type]
 
 
 class Chooser:
@@ -157,6 +175,7 @@ class Chooser:
     Attributes:
         scores, logits: recorded steps, each [num_rows, vocab_size] float32, if asked for.
         best_count: how many of the best logits of each row :meth:`choose_best` wants; 0: :meth:`choose` wants all.
+        on_device: tokens after the first may be chosen where the model is, see :meth:`sampling_rows`.
     """
 
     def __init__(self, plan: DecodePlan, rows: list[Row], history: History | None) -> None:
@@ -166,9 +185,11 @@ class Chooser:
         self._sampler = make_sampler(plan)
         self._changes = bool(plan.processors or plan.user_processors)
         self.best_count = 0
-        needs_all = self._changes or plan.output_logits or not isinstance(plan.executor, CpuExecutor)
-        if self._sampler is not None and not needs_all:
-            self.best_count = self._sampler.best_count(plan.executor.plan.vocab_size)
+        self.on_device = False
+        if self._sampler is not None and not (self._changes or plan.output_logits):
+            if isinstance(plan.executor, CpuExecutor):
+                self.best_count = self._sampler.best_count(plan.executor.plan.vocab_size)
+            self.on_device = plan.executor.name == "cuda" and len(rows) <= _MOST_ON_DEVICE
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
 
@@ -191,7 +212,7 @@ class Chooser:
         if plan.output_logits:
             self._record(self.logits, logits, live, step)
         scores = processed_scores(plan, self._history, logits, live, step) if self._changes else logits
-        if self._sampler is not None and scores.dtype == torch.float32 and scores.device.type == "cpu":
+        if self._sampler is not None and scores.dtype == torch.float32 and scores.device == self._sampler.device:
             tokens = self._sampler.choose(scores.contiguous(), self._numbers(live), finite=not self._changes)
             if -1 not in tokens:
                 return tokens
@@ -209,6 +230,26 @@ class Chooser:
         assert self._sampler is not None
         tokens = self._sampler.choose_best(best, self._numbers(live))
         return self.choose(best.all_logits(), live) if tokens is None else tokens
+
+    def take(self, chosen: Chosen, live: list[int]) -> list[int]:
+        """As :meth:`choose`, from what the device chose; an error says what was wrong with a row that has no token."""
+        return self.choose(chosen.all_logits(), live) if -1 in chosen.tokens else chosen.tokens
+
+    def sampling_rows(self, live: list[int]) -> SamplingRows | None:
+        """How the device draws the next tokens of some rows, and those after them; None: it takes the largest logit."""
+        if not self._plan.do_sample:
+            return None
+        from gpt2rt.graph.device_loop import SamplingRows
+
+        assert self._sampler is not None
+        rows = [self._rows[index] for index in live]
+        return SamplingRows(
+            seeds=[self._plan.seed] * len(rows),
+            requests=[row.request for row in rows],
+            choices=[row.choice for row in rows],
+            positions=[len(row.ids) for row in rows],
+            **self._sampler.settings(len(rows)),
+        )
 
     def _numbers(self, live: list[int]) -> list[float]:
         """The random numbers of the rows' next tokens; none where nothing is drawn."""

@@ -7,7 +7,6 @@ each token.
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Generator, Iterable
 from collections.abc import Sequence as ListLike
@@ -17,14 +16,14 @@ import torch
 from torch import Tensor
 
 from gpt2rt.cache import PagedKVCache
-from gpt2rt.errors import RequestError
 from gpt2rt.graph import Executor, Plan
 
-from .batch import Best, CachedRows
+from .batch import Best, CachedRows, Chosen
 from .choice import Chooser
 from .logits import LogitsProcessorList
 from .past import read_rows
 from .random import request_key
+from .reserve import new_cache
 from .scores import make_history
 from .starts import BLOCK_SIZE, LayerPairs, Starts
 from .stopping import StoppingCriteriaList, StopStrings
@@ -220,46 +219,6 @@ def make_cache(plan: DecodePlan, model: Plan | None = None) -> PagedKVCache:
     )
 
 
-def new_cache(model: Plan, num_blocks: int, who: str, remedy: str, dtype: torch.dtype | None = None) -> PagedKVCache:
-    """A cache of so many blocks for a model.
-
-    Args:
-        model: whose keys and values go there.
-        num_blocks: blocks of 16 tokens.
-        who: what needs it, for the message.
-        remedy: what to do if it is too large, for the message.
-        dtype: what they are stored in; None: the model's dtype.
-
-    Raises:
-        RequestError: it would not fit into this machine's memory.
-    """
-    dtype = dtype or model.dtype
-    # an int8 head has a scale of 4 bytes
-    head_bytes = model.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
-    num_bytes = num_blocks * BLOCK_SIZE * model.n_layer * 2 * model.n_head * head_bytes
-    memory = _memory_bytes(model.device)
-    if num_bytes > memory:
-        raise RequestError(
-            f"{who} need up to {num_bytes / 1e9:.1f} GB of KV cache, but {model.device} has {memory / 1e9:.1f} GB of "
-            f"memory; {remedy}"
-        )
-    return PagedKVCache(
-        model.n_layer,
-        model.n_head,
-        model.head_dim,
-        num_blocks,
-        block_size=BLOCK_SIZE,
-        dtype=dtype,
-        device=model.device,
-    )
-
-
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 class Decoder:
     """Runs one call of ``generate``.
 
@@ -298,7 +257,7 @@ class Decoder:
         self._begin()
         try:
             live = list(range(len(self.rows)))
-            found: Tensor | Best = self._prefill()
+            found: Tensor | Best | Chosen = self._prefill()
             while True:
                 tokens = self._choose(found, live)
                 step = [self.plan.pad_token_id] * len(self.rows)
@@ -342,20 +301,24 @@ class Decoder:
         windows = [row.window for row in self.rows[::count]]
         return self.cached.prefill(windows, count, self.plan.starts, self.plan.prefill_chunk_size)
 
-    def _choose(self, found: Tensor | Best, live: list[int]) -> list[int]:
-        """The next token of each row, from its logits or the best of them."""
+    def _choose(self, found: Tensor | Best | Chosen, live: list[int]) -> list[int]:
+        """The next token of each row, from its logits or the best of them, or as the device chose it."""
         if isinstance(found, Best):
             return self._chooser.choose_best(found, live)
+        if isinstance(found, Chosen):
+            return self._chooser.take(found, live)
         return self._chooser.choose(found, live)
 
-    def _next(self, live: list[int]) -> Tensor | Best:
-        """[len(live), vocab_size]: the logits after each row's newest token; or the best, where they suffice."""
+    def _next(self, live: list[int]) -> Tensor | Best | Chosen:
+        """[len(live), vocab_size]: the logits after each row's newest token; or less, where that suffices."""
         moved = self._slide(live)
         if not self.plan.use_cache:
             moved = live
             for index in live:
                 self.cached.truncate(index, 0)
         newest = [self.rows[index].ids[-1] for index in live]
+        if not moved and self._chooser.on_device:
+            return self.cached.next_chosen(newest, live, lambda: self._chooser.sampling_rows(live))
         if not moved and self._chooser.best_count:
             return self.cached.next_best(newest, live, self._chooser.best_count)
         if not moved:

@@ -25,9 +25,9 @@ from gpt2rt.graph import Executor
 
 from .cache_names import kv_cache_dtype
 from .config import GenerationConfig
-from .decode import new_cache
 from .processors import LogitsProcessor
 from .prompts import as_tensor
+from .reserve import new_cache
 from .runtime import executor_for
 from .starts import BLOCK_SIZE, compute
 
@@ -217,7 +217,7 @@ def make_guidance(
         num_rows=num_rows,
         max_new_tokens=max_new_tokens,
         use_cache=config.get("use_cache"),
-        kv_cache_dtype=kv_cache_dtype(config, executor.plan.device),
+        kv_cache_dtype=kv_cache_dtype(config, executor),
     )
 
 

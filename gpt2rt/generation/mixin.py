@@ -51,7 +51,7 @@ class GenerationMixin:
         self.__dict__["_generation_config"] = None if value is None else GenerationConfig.read(value)
 
     def generation_executor(self, name: str | None = None, *, rebuild: bool = False) -> Executor:
-        """The executor that ``generate`` runs on; its ``name`` is "cpu" or "eager".
+        """The executor that ``generate`` runs on; its ``name`` is "cpu", "cuda" or "eager".
 
         It packs the weights when first needed and again when they were changed, moved or cast. Changes are noticed by
         torch's version counters and by comparing a few elements of each parameter, so only writes through ``.data``

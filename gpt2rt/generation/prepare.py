@@ -241,8 +241,8 @@ def make_plan(
     _check_ids(config, explicit, vocab_size)
     # an end token of a foreign checkpoint can never be drawn
     eos = [token for token in as_list(config.eos_token_id) if token < vocab_size]
-    cache_dtype = kv_cache_dtype(config, model.device)
     executor = executor_for(model)
+    cache_dtype = kv_cache_dtype(config, executor)
     rows_per_prompt = max(config.get("num_beams"), config.get("num_return_sequences"))
     prompts, given = _read(model, executor, named if inputs is None else inputs, config, call, rows_per_prompt)
     # what max_length counts: the embeddings, or the ids

@@ -97,7 +97,7 @@ def executor_for(model: Any, name: str | None = None, rebuild: bool = False) -> 
 
     Args:
         model: a model with ``config``, ``build_graph()`` and ``changed_layer()``.
-        name: "cpu", "eager" or "modules", which is also used from now on; None: the one chosen before, else the
+        name: "cpu", "cuda", "eager" or "modules", which is also used from now on; None: the one chosen before, else the
             fastest that computes what the model's forward does: the modules themselves if they have hooks, or others
             stand in their place.
         rebuild: make it anew although no change of the weights was noticed.

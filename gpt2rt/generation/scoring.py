@@ -25,7 +25,7 @@ from gpt2rt.graph import Executor
 from gpt2rt.graph.plan import Head
 
 from .batch import CachedRows
-from .decode import new_cache
+from .reserve import new_cache
 from .sampling import check_logits
 from .starts import BLOCK_SIZE
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .batch import CachedRows
 from .candidates import Choice, Speculation, check_draft_logits, roll
-from .decode import Row, new_cache
+from .decode import Row
+from .reserve import new_cache
 from .sampling import greedy
 from .starts import BLOCK_SIZE
 

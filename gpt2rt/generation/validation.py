@@ -180,7 +180,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "use_cache": _boolean,
     "cache_implementation": _choice(*CACHE_IMPLEMENTATIONS),
     "cache_config": _cache_config,
-    "kv_cache_dtype": _choice("auto", "float32", "bfloat16", "float16", "int8"),
+    "kv_cache_dtype": _choice("auto", "float32", "bfloat16", "float16", "int8", "float8"),
     "max_cache_len": _COUNT,
     "prefill_chunk_size": _COUNT,
     "low_memory": _boolean,

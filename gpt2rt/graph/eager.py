@@ -47,8 +47,7 @@ class EagerExecutor:
 
         Args:
             batch: the tokens, on the plan's device.
-            cache: where their keys and values go, and those before them are read; on the plan's device, on CUDA also of
-                its dtype.
+            cache: where their keys and values go, and those before them are read; on the plan's device.
             return_hidden: also return the rows after the final norm.
 
         Returns:

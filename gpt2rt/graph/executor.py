@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from gpt2rt.cache import PagedKVCache
@@ -12,12 +15,15 @@ from gpt2rt.ops import extension_status
 from .batch import StepBatch, StepOutput
 from .plan import Plan
 
+# bfloat16 on tensor cores, and asynchronous copies to shared memory
+_OLDEST_CAPABILITY = (8, 0)
+
 
 class Executor(Protocol):
     """Runs steps of one plan.
 
     Attributes:
-        name: "eager" or "cpu".
+        name: "eager", "cpu" or "cuda".
         plan: what it runs.
     """
 
@@ -35,7 +41,7 @@ class Executor(Protocol):
 
 def executor_names() -> tuple[str, ...]:
     """The executors there are."""
-    return ("eager", "cpu")
+    return ("eager", "cpu", "cuda")
 
 
 def _why_not_cpu(plan: Plan) -> str:
@@ -50,12 +56,28 @@ def _why_not_cpu(plan: Plan) -> str:
     return unsupported(plan)
 
 
+def _why_not_cuda(plan: Plan) -> str:
+    """Why the cuda executor cannot run this plan; empty if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if plan.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(plan.device)
+        if capability < _OLDEST_CAPABILITY:
+            return f"{plan.device} is of capability {capability[0]}.{capability[1]}, and the kernels need 8.0 or later"
+    elif not (plan.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the weights are on {plan.device}"
+    from .cuda import unsupported
+
+    return unsupported(plan)
+
+
 def make_executor(plan: Plan, name: str | None = None, *, num_threads: int = 0) -> Executor:
     """The fastest executor for a plan, or the one named.
 
     Args:
         plan: what to run.
-        name: "eager" (ops one by one, any device), "cpu" (a step in one C++ call) or None to choose.
+        name: "eager" (ops one by one, any device), "cpu" (a step in one C++ call), "cuda" (Triton kernels in CUDA
+            graphs; on the CPU only in Triton's interpreter, for tests) or None to choose.
         num_threads: threads of the cpu executor; 0 = ``GPT2RT_NUM_THREADS``, else ``torch.get_num_threads()``.
 
     Raises:
@@ -63,13 +85,21 @@ def make_executor(plan: Plan, name: str | None = None, *, num_threads: int = 0) 
     """
     if name not in (None, *executor_names()):
         raise ValueError(f"there is no executor {name!r}; choose one of {', '.join(executor_names())}")
-    reason = _why_not_cpu(plan) if name != "eager" else ""
-    if name == "cpu" and reason:
-        raise ValueError(f"the cpu executor cannot run this model: {reason}; use the eager executor")
-    if name == "eager" or reason:
+    chosen = name or ("cuda" if plan.device.type == "cuda" else "cpu")
+    if chosen != "eager":
+        reason = _why_not_cuda(plan) if chosen == "cuda" else _why_not_cpu(plan)
+        if reason and name is not None:
+            raise ValueError(f"the {name} executor cannot run this model: {reason}; use the eager executor")
+        if reason:
+            chosen = "eager"
+    if chosen == "eager":
         from .eager import EagerExecutor
 
         return EagerExecutor(plan)
+    if chosen == "cuda":
+        from .cuda import CudaExecutor
+
+        return CudaExecutor(plan)
     from .cpu import CpuExecutor
 
     return CpuExecutor(plan, num_threads=num_threads)

@@ -7,15 +7,18 @@ from .block_pool import block_pool_allocate, block_pool_free, block_pool_incref,
 from .embedding import embedding
 from .fingerprint import FINGERPRINT_KEY_BYTES, fingerprint
 from .linear import PANEL, linear, linear_gelu_new, linear_residual, pack_linear, packed_linear_bytes
+from .log_probabilities import MAX_BEST, log_probabilities
 from .norm import add_layer_norm, layer_norm
 from .packed import WEIGHT_FORMATS, packed_linear, unpack_linear
+from .penalties import count_tokens, penalties, reset_counts
 from .quantized import has_kernel, pack_quantized, packed_quantized_bytes, quantized_linear
-from .sampling import MAX_SCORES, WEIGHT_UNIT, argmax, sample, sampling_weights
+from .sampling import MAX_SCORES, WEIGHT_UNIT, argmax, sample, sampling_weights, uniforms
 from .step import CPU_ISAS, MAX_TOP, cpu_isa, cpu_isa_limit, cpu_step, cpu_step_workspace_bytes
 
 __all__ = [
     "CPU_ISAS",
     "FINGERPRINT_KEY_BYTES",
+    "MAX_BEST",
     "MAX_SCORES",
     "MAX_TOP",
     "PANEL",
@@ -28,6 +31,7 @@ __all__ = [
     "block_pool_allocate",
     "block_pool_free",
     "block_pool_incref",
+    "count_tokens",
     "cpu_isa",
     "cpu_isa_limit",
     "cpu_step",
@@ -40,6 +44,7 @@ __all__ = [
     "linear",
     "linear_gelu_new",
     "linear_residual",
+    "log_probabilities",
     "new_block_pool",
     "op_forms",
     "pack_linear",
@@ -49,9 +54,12 @@ __all__ = [
     "packed_quantized_bytes",
     "paged_decode_attention",
     "paged_prefill_attention",
+    "penalties",
     "quantized_linear",
+    "reset_counts",
     "sample",
     "sampling_weights",
+    "uniforms",
     "unpack_linear",
     "write_kv",
 ]

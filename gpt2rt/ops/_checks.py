@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpt2rt.kernels.refs import LARGEST_CODE
+
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,8 +59,8 @@ def check_caches(
 ) -> None:
     """Keys and values are contiguous [num_blocks, n_head, block_size, head_dim] on the device of ``like``.
 
-    Their dtype is any that keys can be stored in on a CPU, that of ``like`` on CUDA; int8 has ``scales`` [num_blocks,
-    n_head, block_size].
+    Their dtype is any that keys can be stored in; int8 and float8_e4m3fn have ``scales`` [num_blocks, n_head,
+    block_size].
     """
     key_cache, value_cache = caches
     if key_cache.dim() != 4 or key_cache.size(1) != n_head or key_cache.size(3) != head_dim:
@@ -66,23 +68,20 @@ def check_caches(
             f"{op}: key_cache has shape {list(key_cache.shape)}, "
             f"expected [num_blocks, {n_head}, block_size, {head_dim}]"
         )
-    if key_cache.dtype not in (*STORAGE_DTYPES, torch.int8):
-        raise TypeError(f"{op}: key_cache has dtype {key_cache.dtype}, expected float32, float16, bfloat16 or int8")
-    check_device(op, "key_cache", key_cache, like)
-    if like.is_cuda and key_cache.dtype != like.dtype:
+    if key_cache.dtype not in (*STORAGE_DTYPES, *LARGEST_CODE):
         raise TypeError(
-            f"{op}: key_cache has dtype {key_cache.dtype}, expected {like.dtype}: on CUDA keys and values are stored "
-            "in the dtype of the model"
+            f"{op}: key_cache has dtype {key_cache.dtype}, expected float32, float16, bfloat16, int8 or float8_e4m3fn"
         )
+    check_device(op, "key_cache", key_cache, like)
     check_like(op, "value_cache", value_cache, tuple(key_cache.shape), key_cache)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if not cache.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, got strides {list(cache.stride())}")
     for name, scale in zip(("key_scales", "value_scales"), scales, strict=True):
-        if (scale is not None) != (key_cache.dtype == torch.int8):
+        if (scale is not None) != (key_cache.dtype in LARGEST_CODE):
             raise ValueError(
                 f"{op}: {name} {'is missing' if scale is None else 'was given'}, but the cache is {key_cache.dtype}; "
-                "an int8 cache has scales, no other does"
+                "int8 and float8_e4m3fn caches have scales, no other does"
             )
         if scale is not None:
             check_index(op, name, scale, tuple(key_cache.shape[:3]), torch.float32, like)

@@ -120,8 +120,11 @@ def op_forms() -> dict[str, dict[str, str]]:
     forms = {}
     for name, (reference, triton) in _FORMS.items():
         plain = "torch" if reference is not None else "none"
+        # not every op has a C++ form; those without a reference have no other
+        in_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"gpt2rt::{name}", "CPU")
+        in_cpp = in_cpp or (loaded and reference is None)
         forms[name] = {
-            "cpu": "C++" if loaded else plain,
+            "cpu": "C++" if in_cpp else plain,
             "cuda": "Triton" if triton is not None and has_triton else plain,
         }
     return forms

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,11 @@ _paged_decode_attention = define(
 )
 
 
+def _form(op: Callable, reference: Callable, cache: Tensor) -> Callable:
+    """The op, but plain torch for float8 on a CPU: C++ has no form for it."""
+    return reference if cache.dtype == torch.float8_e4m3fn and cache.device.type == "cpu" else op
+
+
 def _check_heads(op: str, name: str, x: Tensor) -> None:
     check_storage_dtype(op, name, x)
     if x.dim() != 3:
@@ -102,12 +109,12 @@ def write_kv(
         key: [num_tokens, n_head, head_dim], float32, float16 or bfloat16; last dimension contiguous, so views into
             the QKV matrix are fine.
         value: likewise.
-        key_cache: [num_blocks, n_head, block_size, head_dim], device of ``key``; changed in place. On a CPU any of
-            ``key``'s dtypes, or int8, where each token and head has a scale of its own (``quantize_heads_ref``); on
-            CUDA the dtype of ``key``.
+        key_cache: [num_blocks, n_head, block_size, head_dim], device of ``key``; changed in place. Any of ``key``'s
+            dtypes, or int8 or float8_e4m3fn, where each token and head has a scale of its own
+            (``quantize_heads_ref``). On a CPU float8 runs in plain torch.
         value_cache: likewise.
         slot_mapping: [num_tokens] int64, ``block_id * block_size + offset``; -1 skips the token (padding).
-        key_scales: [num_blocks, n_head, block_size] float32 of an int8 cache, changed in place; else None.
+        key_scales: [num_blocks, n_head, block_size] float32 of an 8-bit cache, changed in place; else None.
         value_scales: likewise.
 
     Raises:
@@ -119,7 +126,8 @@ def write_kv(
     check_like("write_kv", "value", value, tuple(key.shape), key)
     check_caches("write_kv", (key_cache, value_cache), (key_scales, value_scales), key.size(1), key.size(2), key)
     check_index("write_kv", "slot_mapping", slot_mapping, (key.size(0),), torch.int64, key)
-    _write_kv(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales)
+    write = _form(_write_kv, refs.write_kv_ref, key_cache)
+    write(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales)
 
 
 def _check_paged(
@@ -166,7 +174,7 @@ def paged_prefill_attention(
         query_start_loc: [num_seqs + 1] int32, prefix sums of the query lengths; a length of 0 is fine.
         max_query_len: the largest query length.
         scale: multiplies the query before the dot product, 1/sqrt(head_dim) in GPT-2.
-        key_scales: [num_blocks, n_head, block_size] float32 of an int8 cache; else None.
+        key_scales: [num_blocks, n_head, block_size] float32 of an 8-bit cache; else None.
         value_scales: likewise.
 
     Returns:
@@ -182,7 +190,8 @@ def paged_prefill_attention(
     check_index(
         "paged_prefill_attention", "query_start_loc", query_start_loc, (block_table.size(0) + 1,), torch.int32, query
     )
-    return _paged_prefill_attention(
+    attend = _form(_paged_prefill_attention, refs.paged_prefill_attention_ref, key_cache)
+    return attend(
         query,
         key_cache,
         value_cache,
@@ -221,7 +230,7 @@ def paged_decode_attention(
         seq_lens: [num_seqs] int32; 0 marks a padding row, whose result is zero.
         max_seq_len: the largest of ``seq_lens``.
         scale: multiplies the query before the dot product.
-        key_scales: [num_blocks, n_head, block_size] float32 of an int8 cache; else None.
+        key_scales: [num_blocks, n_head, block_size] float32 of an 8-bit cache; else None.
         value_scales: likewise.
 
     Returns:
@@ -239,6 +248,5 @@ def paged_decode_attention(
             f"paged_decode_attention: query has {query.size(0)} rows for {block_table.size(0)} sequences; expected one "
             "each, use paged_prefill_attention for more"
         )
-    return _paged_decode_attention(
-        query, key_cache, value_cache, block_table, seq_lens, max_seq_len, scale, key_scales, value_scales
-    )
+    attend = _form(_paged_decode_attention, refs.paged_decode_attention_ref, key_cache)
+    return attend(query, key_cache, value_cache, block_table, seq_lens, max_seq_len, scale, key_scales, value_scales)

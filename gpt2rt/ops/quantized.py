@@ -46,6 +46,7 @@ _quantized_linear = define(
     "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? bias, int in_features, "
     "int group_size, bool int8_activations) -> Tensor",
     reference=quantized_linear_ref,
+    triton="quantized_linear_triton:quantized_linear_triton",
     fake=_fake,
 )
 _pack_quantized = define(
@@ -91,10 +92,12 @@ def quantized_linear(
         bias: [N] in the dtype of ``x``, or None.
         in_features: K.
         group_size: elements of a row of w that share a scale; of no meaning for int8.
-        int8_activations: quantise the rows of ``x`` to int8 in groups; integers only.
+        int8_activations: quantise the rows of ``x`` to int8 in groups; integers only. On a GPU this is the definition
+            in plain torch, for comparison: no kernel there multiplies int8 activations.
 
     Returns:
-        [num_tokens, N], dtype of ``x``.
+        [num_tokens, N], dtype of ``x``. A GPU multiplies in that dtype, with weights rounded to it (int8 weights are
+        exact); a CPU in float32.
 
     Raises:
         ValueError: a shape does not fit, the weight has no kernel (see :func:`has_kernel`), or there are both

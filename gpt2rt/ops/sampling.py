@@ -1,4 +1,7 @@
-"""The next token of each row of scores: the largest, or one drawn after temperature, top_k, top_p and min_p."""
+"""The next token of each row of scores: the largest, or one drawn after temperature, top_k, top_p and min_p.
+
+And the numbers to draw with.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,22 @@ def _sample_fake(
     return torch.empty(scores.size(0), dtype=torch.int64, device=scores.device)
 
 
-_argmax = define("argmax", "(Tensor scores, bool finite) -> Tensor", reference=refs.argmax_ref, fake=_argmax_fake)
+def _uniforms_fake(seeds: Tensor, requests: Tensor, choices: Tensor, positions: Tensor) -> Tensor:
+    return torch.empty(seeds.size(0), dtype=torch.float64, device=seeds.device)
+
+
+_argmax = define(
+    "argmax",
+    "(Tensor scores, bool finite) -> Tensor",
+    reference=refs.argmax_ref,
+    triton="sampling:argmax_triton",
+    fake=_argmax_fake,
+)
 _sampling_weights = define(
     "sampling_weights",
     "(Tensor scores) -> Tensor",
     reference=refs.sampling_weights_ref,
+    triton="sampling:sampling_weights_triton",
     fake=_sampling_weights_fake,
 )
 _sample = define(
@@ -50,11 +64,20 @@ _sample = define(
     "(Tensor scores, Tensor uniforms, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
     "Tensor? token_ids, bool partial, bool finite) -> Tensor",
     reference=refs.sample_ref,
+    triton="sampling:sample_triton",
     fake=_sample_fake,
+)
+_uniforms = define(
+    "uniforms",
+    "(Tensor seeds, Tensor requests, Tensor choices, Tensor positions) -> Tensor",
+    reference=refs.uniforms_ref,
+    triton="uniforms:uniforms_triton",
+    fake=_uniforms_fake,
 )
 
 
-def _check_scores(op: str, scores: Tensor) -> None:
+def check_scores(op: str, scores: Tensor) -> None:
+    """``scores`` is [num_rows, vocab_size] float32 with contiguous rows that are not too long."""
     check_rows(op, "scores", scores)
     if scores.dtype != torch.float32:
         raise TypeError(f"{op}: scores has dtype {scores.dtype}, expected float32; call .float()")
@@ -80,7 +103,7 @@ def argmax(scores: Tensor, *, finite: bool = False) -> Tensor:
         ValueError: a shape or stride does not fit.
         TypeError: ``scores`` is not float32.
     """
-    _check_scores("argmax", scores)
+    check_scores("argmax", scores)
     return _argmax(scores, finite)
 
 
@@ -100,7 +123,7 @@ def sampling_weights(scores: Tensor) -> Tensor:
         ValueError: a shape or stride does not fit.
         TypeError: ``scores`` is not float32.
     """
-    _check_scores("sampling_weights", scores)
+    check_scores("sampling_weights", scores)
     return _sampling_weights(scores)
 
 
@@ -122,6 +145,8 @@ def sample(
     first, in order of ids, whose cumulative :func:`sampling_weights` exceed the row's number times their total. It is a
     function of the row's own scores, number and settings: not of its neighbours, threads, instruction set or device.
 
+    On CUDA nothing waits for the device, with one exception: ``token_ids`` and ``partial`` run in plain torch there.
+
     Source: Holtzman et al., arXiv:1904.09751, section 3.1 (top_p); Nguyen et al., arXiv:2407.01082 (min_p).
 
     Args:
@@ -138,13 +163,14 @@ def sample(
 
     Returns:
         [num_rows] int64; -1 for a row that holds NaN or plus infinity (with ``finite``, any infinity), also after the
-        temperature, or no token that is not excluded, or where ``partial`` says so.
+        temperature, or no token that is not excluded, or where ``partial`` says so; on CUDA, where looking at the
+        values would wait for the device, also for a row whose number or setting is out of range.
 
     Raises:
-        ValueError: a shape, stride or device does not fit, or a number or setting is out of range.
+        ValueError: a shape, stride or device does not fit, or, not on CUDA, a number or setting is out of range.
         TypeError: a dtype does not fit.
     """
-    _check_scores("sample", scores)
+    check_scores("sample", scores)
     shape = (scores.size(0),)
     check_index("sample", "uniforms", uniforms, shape, torch.float64, scores)
     if temperature is not None:
@@ -158,3 +184,30 @@ def sample(
     if token_ids is not None:
         check_index("sample", "token_ids", token_ids, tuple(scores.shape), torch.int64, scores)
     return _sample(scores, uniforms, temperature, top_k, top_p, min_p, token_ids, partial, finite)
+
+
+def uniforms(seeds: Tensor, requests: Tensor, choices: Tensor, positions: Tensor) -> Tensor:
+    """The numbers that :func:`sample` draws with: a pure function of what each is drawn for.
+
+    Philox4x32-10; the bits are those of :func:`gpt2rt.generation.random.uniform` on every device.
+
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11, section 3.3.
+
+    Args:
+        seeds: [num_rows] int64, any; numbers of 64 bits without sign are given in two's complement.
+        requests: [num_rows] int64, which request, likewise.
+        choices: [num_rows] int64, which of several continuations; 32 bits count.
+        positions: [num_rows] int64, the index in its sequence of the token that is drawn; 32 bits count.
+
+    Returns:
+        [num_rows] float64, from 0 to below 1, 53 random bits.
+
+    Raises:
+        ValueError: a shape, stride or device does not fit.
+        TypeError: a dtype is not int64.
+    """
+    if seeds.dim() != 1:
+        raise ValueError(f"uniforms: seeds has shape {list(seeds.shape)}, expected [num_rows]")
+    for name, words in (("seeds", seeds), ("requests", requests), ("choices", choices), ("positions", positions)):
+        check_index("uniforms", name, words, (seeds.size(0),), torch.int64, seeds)
+    return _uniforms(seeds, requests, choices, positions)

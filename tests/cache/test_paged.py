@@ -193,9 +193,9 @@ def test_an_int8_cache_has_a_scale_for_each_token_and_head():
     assert plain.key_scales(0) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, torch.int32, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, torch.int32, torch.bool, torch.float8_e5m2], ids=str)
 def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(TypeError, match=r"a KV cache cannot be .*; choose float32, float16, bfloat16 or int8"):
+    with pytest.raises(TypeError, match=r"a KV cache cannot be .*; choose .*, int8 or float8_e4m3fn"):
         PagedKVCache(1, 1, 1, 1, dtype=dtype)
 
 
@@ -203,3 +203,26 @@ def test_large_caches_lie_on_huge_pages():
     cache = PagedKVCache(2, 2, 64, 256, dtype=torch.bfloat16)
     assert cache.data.data_ptr() % (2 * 1024 * 1024) == 0
     assert cache.data.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_an_8_bit_cache_reads_back_what_was_written(dtype):
+    cache = PagedKVCache(1, 2, 24, 4, block_size=BLOCK_SIZE, dtype=dtype)
+    for part in (cache.data.view(torch.uint8), cache.scales.view(torch.int32)):
+        # NaN in float8 and in float32
+        part.fill_(-1 if part.dtype == torch.int32 else 0x7F)
+    sequence = Sequence(cache)
+    slots = torch.tensor(sequence.append(11))
+    key, value = torch.randn(2, 11, 2, 24)
+    cache.write(0, key, value, slots)
+    child = sequence.fork()
+    child.append(1)
+    for holder in (sequence, child):
+        read = cache.read(torch.tensor([holder.blocks]), 11, torch.float32)
+        assert read.shape == (1, 2, 1, 2, 11, 24)
+        for x, wide in zip((key, value), read[0, :, 0], strict=True):
+            largest = x.abs().amax(-1, keepdim=True)
+            # half a step of int8; float8 has 3 bits after the first, which is up to a 16th of each element
+            bound = largest / 127 / 2 if dtype == torch.int8 else x.abs() / 16 + largest / 448 / 512
+            assert ((wide.transpose(0, 1) - x).abs() <= bound * 1.001).all()
+    assert repr(cache).startswith("PagedKVCache(")

@@ -67,14 +67,14 @@ def byte_model(make_model, tokenizer):
 @pytest.fixture
 def pools(monkeypatch):
     """The block pools of all caches that generation makes during a test."""
-    from gpt2rt.generation import decode
+    from gpt2rt.generation import reserve
 
     made = []
 
-    class Watched(decode.PagedKVCache):
+    class Watched(reserve.PagedKVCache):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(self.pool)
 
-    monkeypatch.setattr(decode, "PagedKVCache", Watched)
+    monkeypatch.setattr(reserve, "PagedKVCache", Watched)
     return made

@@ -169,7 +169,7 @@ def test_what_needs_the_graph_is_refused(make_model):
         model.generate([[5]], assistant_early_exit=1)
     with pytest.raises(RequestError, match="token_type_ids cannot be given"):
         model.generate(torch.tensor([[5]]), token_type_ids=torch.tensor([[1]]))
-    with pytest.raises(ValueError, match=r"choose one of eager, cpu, modules"):
+    with pytest.raises(ValueError, match=r"choose one of eager, cpu, cuda, modules"):
         model.generation_executor("module")
 
 

@@ -8,10 +8,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
+from gpt2rt.kernels.fused_linear import MAX_ROWS
 from gpt2rt.kernels.linear import (
-    MAX_ROWS,
-    MAX_WHOLE_K,
-    TILES,
     linear_gelu_new_ref,
     linear_gelu_new_triton,
     linear_ref,
@@ -19,6 +17,7 @@ from gpt2rt.kernels.linear import (
     linear_residual_triton,
     linear_triton,
 )
+from gpt2rt.kernels.linear_rows import MAX_WHOLE_K
 
 pytestmark = pytest.mark.kernel
 
@@ -74,14 +73,6 @@ def test_rows_of_weights_longer_than_a_tile(cut_rows, as_exact_as_torch):
     x, weight, bias = make(2, 5, MAX_WHOLE_K + 3, torch.bfloat16, False, cut_rows)
     definition = linear_ref(x.double(), weight.double(), bias.double())
     as_exact_as_torch(linear_triton(x, weight, bias), torch.nn.functional.linear(x, weight, bias), definition)
-
-
-def test_the_shapes_reach_every_tile():
-    for tiles in TILES.values():
-        smallest = [MAX_ROWS + 1, *(most + 1 for most, _ in tiles if most is not None)]
-        largest = [most for most, _ in tiles]
-        for low, high in zip(smallest, largest, strict=True):
-            assert any(low <= m and (high is None or m <= high) for m, _, _ in MANY_ROWS)
 
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])

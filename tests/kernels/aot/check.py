@@ -3,8 +3,9 @@
     python tests/kernels/aot/check.py --targets 80 90 100 [--update]
 
 Exit code 1 when a kernel spills registers to the stack, needs more shared memory than a block may have, loads memory in
-narrow pieces, misses the tensor cores, or needs over 10 % more registers than resources.json says for this triton
-version and target. ``--update`` rewrites the entries of this version and these targets.
+narrow pieces, misses the tensor cores, waits for the kernel before it ahead of its own loads, or needs over 10 % more
+registers than resources.json says for this triton version and target. ``--update`` rewrites the entries of this version
+and these targets.
 
 The kernels come from launcher calls (specs.py): the program steps in where triton would launch, takes the kernel and
 its arguments, and compiles them for the target with the specialisation rules of triton's launcher.
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 # the kernels of this checkout, whatever is installed
 sys.path.insert(0, str(HERE.parents[2]))
+# spec files import each other
+sys.path.insert(0, str(HERE))
 # in the interpreter's process @jit gives functions that cannot be compiled
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -44,9 +47,15 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float64: "*fp64",
 }
+# targets below this compute capability have no programmatic dependent launch
+PDL_CAPABILITY = 90
 
 
 class Launch(NamedTuple):
@@ -65,6 +74,8 @@ class Usage(NamedTuple):
     shared: int  # bytes per block
     wide_loads: int  # 128-bit loads from global memory
     loads: int  # all loads from global memory
+    loads_before_wait: int  # wide loads and prefetches before the first wait for the kernel before this one
+    instructions: int  # in the machine code, whether they run once, often or never
     mma: dict[str, int]  # tensor core instructions by kind: HMMA (mma.sync), HGMMA (wgmma), UTCHMMA (tcgen05)
 
 
@@ -105,7 +116,8 @@ def specialise(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     signature, constants, attributes = {}, {}, {}
     for i, p in enumerate(kernel.params):
         value = values[p.name]
-        if p.is_constexpr or (isinstance(value, int) and value == 1 and not p.do_not_specialize):
+        # an argument that is None is a constant too
+        if p.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not p.do_not_specialize):
             signature[p.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[p.name] = POINTERS[value.dtype]
@@ -138,12 +150,20 @@ def measure(launch: Launch, capability: int) -> Usage:
             raise RuntimeError(f"cuobjdump -res-usage printed no {key}: {usage!r}")
         return int(found.group(1))
 
+    def wide(code: str) -> int:
+        return len(re.findall(r"\bLDG\S*\.128|LDGSTS\S*\.128|UTMALDG", code))
+
+    # ACQBULK is griddepcontrol.wait
+    before, waits, _ = sass.partition("ACQBULK")
     return Usage(
         registers=number("REG"),
         stack=number("STACK") + number("LOCAL"),
         shared=compiled.metadata.shared,
-        wide_loads=len(re.findall(r"\bLDG\S*\.128|LDGSTS\S*\.128|UTMALDG", sass)),
+        wide_loads=wide(sass),
         loads=len(re.findall(r"\bLDG\b|LDGSTS|UTMALDG", sass)),
+        # CCTL.PF2 asks for a line of 128 bytes to come to the L2 cache
+        loads_before_wait=wide(before) + len(re.findall(r"CCTL\S*\.PF2", before)) if waits else 0,
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/ +(?!NOP)[^;]+;", sass, re.MULTILINE)),
         mma=Counter(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", sass)),
     )
 
@@ -158,7 +178,7 @@ def measure_spec(task: tuple[str, int, int]) -> list[tuple[str, Usage]]:
     return [(launch.kernel.fn.__name__, measure(launch, capability)) for launch in launches]
 
 
-def faults(usage: Usage, capability: int, wide_loads: int, mma: bool, known_registers: int | None) -> list[str]:
+def faults(usage: Usage, spec: Any, wide_loads: int, capability: int, known_registers: int | None) -> list[str]:
     """What is wrong with a kernel, in words; empty when all is well. ``known_registers`` comes from resources.json."""
     found = []
     if usage.stack:
@@ -167,8 +187,12 @@ def faults(usage: Usage, capability: int, wide_loads: int, mma: bool, known_regi
         found.append(f"shared memory {usage.shared} over {SHARED_LIMIT[capability]}")
     if usage.wide_loads < wide_loads:
         found.append(f"{usage.wide_loads} wide loads, expected {wide_loads}")
-    if mma and not usage.mma:
+    if spec.mma and not usage.mma:
         found.append("no tensor core instructions")
+    elif capability == 90 and isinstance(spec.mma, str) and set(usage.mma) != {spec.mma}:
+        found.append(f"tensor core instructions {' and '.join(usage.mma)}, expected {spec.mma}")
+    if usage.loads_before_wait < spec.wait_after_loads:
+        found.append(f"{usage.loads_before_wait} wide loads before the wait, expected {spec.wait_after_loads}")
     if known_registers is not None and usage.registers > known_registers * REGISTERS_SLACK:
         found.append(f"registers rose from {known_registers} to {usage.registers}")
     return found
@@ -201,12 +225,18 @@ def main() -> int:
     covered = {target for by_target in known.values() for target in by_target}
     specs = load_specs(options.specs)
     chosen = [i for i, spec in enumerate(specs) if options.only in spec.name]
-    tasks = [(options.specs, i, capability) for capability in options.targets for i in chosen]
+    tasks = [
+        (options.specs, i, capability)
+        for capability in options.targets
+        for i in chosen
+        if capability >= PDL_CAPABILITY or not (specs[i].pdl or specs[i].wait_after_loads)
+    ]
     if not tasks:
-        parser.error(f"no spec has {options.only!r} in its name")
+        parser.error(f"no spec with {options.only!r} in its name is for these targets")
     print(f"triton {triton.__version__}")
     print(
-        f"{'target':7s} {'call':34s} {'kernel':34s} {'regs':>4s} {'stack':>5s} {'shared':>6s} {'wide':>9s} {'mma':11s}"
+        f"{'target':7s} {'call':34s} {'kernel':34s} {'regs':>4s} {'stack':>5s} {'shared':>6s} {'wide':>9s} "
+        f"{'code':>5s} {'mma':11s}"
     )
     compiled = failed = 0
     fresh: dict[str, dict[str, int]] = {}
@@ -218,14 +248,14 @@ def main() -> int:
                 key = f"{spec.name} / {name}"
                 fresh.setdefault(key, {})[target] = usage.registers
                 known_registers = None if options.update else known.get(key, {}).get(target)
-                found = faults(usage, capability, wide_loads, spec.mma, known_registers)
+                found = faults(usage, spec, wide_loads, capability, known_registers)
                 if known_registers is None and target in covered and not options.update:
                     found.append(f"not in {options.resources.name}: run with --update")
                 compiled += 1
                 failed += bool(found)
                 print(
                     f"sm_{capability:<4d} {spec.name:34s} {name:34s} {usage.registers:4d} {usage.stack:5d} "
-                    f"{usage.shared:6d} {usage.wide_loads:4d}/{usage.loads:<4d} "
+                    f"{usage.shared:6d} {usage.wide_loads:4d}/{usage.loads:<4d} {usage.instructions:5d} "
                     f"{' '.join(f'{kind} {count}' for kind, count in usage.mma.items()):11s} "
                     f"{'FAIL: ' + ', '.join(found) if found else 'ok'}",
                     flush=True,

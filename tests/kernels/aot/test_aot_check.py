@@ -77,3 +77,49 @@ def test_bad_kernels_fail_and_say_why(tmp_path):
     assert "no tensor core instructions" in narrow
     assert "spills" in large
     assert "shared memory" in large
+
+
+WAIT_SPECS = """
+from types import SimpleNamespace as Spec
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+
+@triton.jit
+def weights_first(x_ptr, w_ptr, y_ptr):
+    i = tl.arange(0, 1024)
+    w = tl.load(w_ptr + i)
+    gdc_wait()
+    tl.store(y_ptr + i, w * tl.load(x_ptr + i))
+
+
+@triton.jit
+def wait_first(x_ptr, w_ptr, y_ptr):
+    i = tl.arange(0, 1024)
+    gdc_wait()
+    tl.store(y_ptr + i, tl.load(w_ptr + i) * tl.load(x_ptr + i))
+
+
+x = torch.empty(1024, device="meta")
+SPECS = [
+    Spec(name=kernel.__name__, call=lambda kernel=kernel: kernel[(1,)](x, x, x, launch_pdl=True), wide_loads=(4,),
+         mma=False, wait_after_loads=2)
+    for kernel in (weights_first, wait_first)
+]
+"""
+
+
+def test_weights_must_be_on_their_way_before_the_wait(tmp_path):
+    specs = tmp_path / "wait_specs.py"
+    specs.write_text(WAIT_SPECS)
+    arguments = ("--specs", specs, "--resources", tmp_path / "none.json")
+    done = run("--targets", 80, 90, *arguments, cache=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    good, bad = (next(line for line in done.stdout.splitlines() if name in line) for name in ("weights_f", "wait_f"))
+    assert good.endswith("ok")
+    assert "0 wide loads before the wait, expected 2" in bad
+    # before sm_90 there is nothing to wait for
+    assert "2 kernels compiled, 1 failed" in done.stdout

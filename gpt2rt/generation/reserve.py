@@ -1,0 +1,76 @@
+"""The KV cache of a call, made before its first step: all of it or an error."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from gpt2rt.cache import SCALED_DTYPES, PagedKVCache
+from gpt2rt.errors import RequestError
+from gpt2rt.graph import Plan
+
+from .starts import BLOCK_SIZE
+
+
+def new_cache(model: Plan, num_blocks: int, who: str, remedy: str, dtype: torch.dtype | None = None) -> PagedKVCache:
+    """A cache of at least so many blocks for a model.
+
+    On a CUDA device their number is rounded up, by at most a quarter: calls of about the same size then get caches of
+    the same shape, often at the same place, and the graphs captured for one serve the next. Where the rounded number
+    does not fit, the exact one is taken.
+
+    Args:
+        model: whose keys and values go there.
+        num_blocks: blocks of 16 tokens.
+        who: what needs it, for the message.
+        remedy: what to do if it is too large, for the message.
+        dtype: what they are stored in; None: the model's dtype.
+
+    Raises:
+        RequestError: it would not fit into this machine's memory, or does not fit into what of the device's is free.
+    """
+    dtype = dtype or model.dtype
+    # an 8-bit head has a scale of 4 bytes
+    head_bytes = model.head_dim * dtype.itemsize + (4 if dtype in SCALED_DTYPES else 0)
+    block_bytes = BLOCK_SIZE * model.n_layer * 2 * model.n_head * head_bytes
+    memory = _memory_bytes(model.device)
+    if num_blocks * block_bytes > memory:
+        raise RequestError(
+            f"{who} need up to {num_blocks * block_bytes / 1e9:.1f} GB of KV cache, but {model.device} has "
+            f"{memory / 1e9:.1f} GB of memory; {remedy}"
+        )
+    counts = [num_blocks]
+    if model.device.type == "cuda":
+        counts = sorted({rounded(num_blocks), num_blocks}, reverse=True)
+    for count in counts:
+        try:
+            return PagedKVCache(
+                model.n_layer,
+                model.n_head,
+                model.head_dim,
+                count,
+                block_size=BLOCK_SIZE,
+                dtype=dtype,
+                device=model.device,
+            )
+        except torch.cuda.OutOfMemoryError:
+            # outside of the handler, so that its traceback does not hold memory
+            continue
+    free = torch.cuda.mem_get_info(model.device)[0]
+    raise RequestError(
+        f"{who} need up to {num_blocks * block_bytes / 1e9:.1f} GB of KV cache, but of {model.device}'s memory only "
+        f"{free / 1e9:.1f} GB are free; {remedy}"
+    )
+
+
+def rounded(num_blocks: int) -> int:
+    """The next number of at least 64 that has at most three significant bits."""
+    unit = max(16, 1 << max(0, num_blocks.bit_length() - 3))
+    return max(64, -(-num_blocks // unit) * unit)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,279 @@
+"""The cuda executor: a step as a chain of Triton kernels, replayed as a CUDA graph where its size has one.
+
+Steps of one token a sequence are rounded up to a batch of 1, 2, 4, ... 256 rows and to a context of 256, 1024, ...
+tokens; prompts of one sequence to 16, 32, ... 1024 tokens. The rows that fill such a batch up are padding: they have no
+cache slot and no length, and change nothing. Each of these sizes has its buffers and, for each cache, its graph. Other
+steps (several prompts at once, longer ones) are launched kernel by kernel.
+
+Numbers: the residual stream, sums, norms, softmax and logits are float32; products of 16-bit weights are those of
+tensor cores; quantised weights are multiplied by float activations, also where the cpu executor takes int8 ones. The
+results of a row may differ in the last bits between up to 8 rows, up to 64, and more, and between decoding and prompts,
+unless the executor is batch invariant. They do not depend on the other rows' contents.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2rt import ops
+from gpt2rt.cache import PagedKVCache
+
+from .batch import StepBatch, StepOutput
+from .chain import SPLIT, Buffers, Chain, StepSize, unsupported
+from .cuda_graphs import GraphStore
+from .executor import check_step
+from .plan import Plan
+
+__all__ = ["BATCH_SIZES", "PROMPT_LENGTHS", "CudaExecutor", "unsupported"]
+
+#: rows of the decode steps that have graphs
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+#: tokens of the prompts that have graphs
+PROMPT_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
+#: splits of 64 tokens that decode steps are rounded up to; longer contexts to multiples of the last
+SPLITS = (4, 16)
+
+
+def pdl_supported(device: torch.device) -> bool:
+    """Programmatic dependent launch: sm_90 and later, unless ``GPT2RT_CUDA_PDL=0``."""
+    if device.type != "cuda" or os.environ.get("GPT2RT_CUDA_PDL") == "0":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def graphs_enabled() -> bool:
+    """Whether graphs are captured; ``GPT2RT_CUDA_GRAPHS=0`` says no."""
+    return os.environ.get("GPT2RT_CUDA_GRAPHS") != "0"
+
+
+def _round_up(value: int, sizes: tuple[int, ...]) -> int | None:
+    return next((size for size in sizes if size >= value), None)
+
+
+def num_splits_for(max_seq_len: int) -> int:
+    """Splits that a decode step over so many tokens is launched with."""
+    splits = -(-max_seq_len // SPLIT)
+    return _round_up(splits, SPLITS) or -(-splits // SPLITS[-1]) * SPLITS[-1]
+
+
+def cache_key(cache: PagedKVCache) -> tuple[object, ...]:
+    """What a graph holds of a cache: another one at the same place, of the same shape, is as good."""
+    data, scales = cache.data, cache.scales
+    return data.data_ptr(), None if scales is None else scales.data_ptr(), tuple(data.shape), data.dtype
+
+
+class CudaExecutor:
+    """Runs steps of a plan as Triton kernels.
+
+    Args:
+        plan: what to run; weights on a CUDA device. (On the CPU it runs in Triton's interpreter, for tests.)
+        batch_invariant: a token's bits do not depend on its company, nor on whether it is decoded or in a prompt, at
+            some cost in speed; None = ``GPT2RT_BATCH_INVARIANT``, else False.
+        pdl: programmatic dependent launch; None = where the device has it, unless ``GPT2RT_CUDA_PDL=0``.
+        graphs: capture CUDA graphs; None = unless ``GPT2RT_CUDA_GRAPHS=0``.
+
+    Attributes:
+        batch_invariant, pdl: what was chosen.
+        chain: the launches of a step.
+        graphs: those that were captured, and why not if none are.
+        lock: held while launches of this executor are queued.
+        loop_states: of decode loops, for ``device_loop.py`` alone.
+
+    Raises:
+        ValueError: this executor cannot run the plan (see ``chain.unsupported``).
+        torch.cuda.OutOfMemoryError: the weights do not fit on the device a second time in the kernels' layout.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        batch_invariant: bool | None = None,
+        pdl: bool | None = None,
+        graphs: bool | None = None,
+    ) -> None:
+        if batch_invariant is None:
+            batch_invariant = os.environ.get("GPT2RT_BATCH_INVARIANT", "0") not in ("", "0")
+        self.plan = plan
+        self.batch_invariant = batch_invariant
+        self.pdl = pdl_supported(plan.device) if pdl is None else pdl
+        self.chain = Chain(plan, batch_invariant=batch_invariant, pdl=self.pdl)
+        self.graphs = GraphStore(plan.device, enabled=graphs_enabled() if graphs is None else graphs)
+        self._buffers: dict[StepSize, Buffers] = {}
+        # of decode loops that have ended (device_loop.py), by their sizes
+        self.loop_states: dict[tuple[int, bool, int, int], list[Any]] = {}
+        # buffers are shared by all who call step, and so are graphs
+        self.lock = threading.Lock()
+
+    def with_positions(self, wpe: Tensor) -> CudaExecutor:
+        """This executor with another position table [n_positions, n_embd]; the packed weights are shared."""
+        other = copy.copy(self)
+        other.chain = self.chain.with_positions(wpe)
+        other.plan = other.chain.plan
+        other.graphs = GraphStore(self.plan.device, enabled=not self.graphs.disabled)
+        other._buffers = {}
+        other.loop_states = {}
+        other.lock = threading.Lock()
+        return other
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step of one token reads."""
+        return self.chain.weight_bytes
+
+    @torch.no_grad()
+    def step(
+        self, batch: StepBatch, cache: PagedKVCache, *, return_hidden: bool = False, head: str = "logits"
+    ) -> StepOutput:
+        """Run one step. It returns when the launches are queued; reading a result waits for the device.
+
+        Args:
+            batch: the tokens, on the plan's device.
+            cache: where their keys and values go, and those before them are read; any of its dtypes.
+            return_hidden: also return the rows after the final norm.
+            head: "logits", or "argmax": only the first of the largest logits of each row, in ``top_ids`` and
+                ``top_logits`` [num_logits, 1].
+
+        Returns:
+            float32 tensors of their own, which later steps leave alone. A row that saw an id, position or block
+            outside its table is NaN.
+
+        Raises:
+            ValueError: the batch or the cache does not fit the plan, or ``head`` is neither.
+        """
+        check_step(self.plan, batch, cache)
+        if head not in ("logits", "argmax") or (head == "argmax" and not self.chain.has_head):
+            raise ValueError(f'head must be "logits", or "argmax" of a plan with an output layer, got {head!r}')
+        with self.lock:
+            buffers, bound, key = self._prepare(batch, cache, return_hidden)
+            buffers.load(batch)
+
+            def launches() -> None:
+                self.chain.run(buffers, cache, bound, hidden=return_hidden or not self.chain.has_head)
+
+            if key is None:
+                launches()
+            else:
+                self.graphs.run(key, launches)
+            return self._output(buffers, batch, return_hidden, head)
+
+    def _output(self, buffers: Buffers, batch: StepBatch, return_hidden: bool, head: str) -> StepOutput:
+        # a decode step gives its rows in their own order
+        rows = batch.logits_indices if buffers.size.num_splits else None
+        count = batch.logits_indices.numel()
+        hidden = None
+        if return_hidden:
+            hidden = buffers.hidden[:count].clone() if rows is None else buffers.hidden[rows]
+        if not self.chain.has_head:
+            return StepOutput(None, hidden)
+        logits = buffers.logits[:count] if rows is None else buffers.logits[rows]
+        if head == "logits":
+            return StepOutput(logits if rows is not None else logits.clone(), hidden)
+        ids = ops.argmax(logits, finite=True)
+        best = logits.gather(1, ids.clamp(min=0)[:, None]).masked_fill(ids[:, None] < 0, torch.nan)
+        return StepOutput(None, hidden, top_ids=ids[:, None], top_logits=best)
+
+    def _prepare(
+        self, batch: StepBatch, cache: PagedKVCache, return_hidden: bool
+    ) -> tuple[Buffers, int, tuple[object, ...] | None]:
+        """Buffers for a batch, the bound of its query lengths, and the key of its graph; None: it has none."""
+        size = self._bucket(batch, cache)
+        if size is None:
+            return Buffers(self.chain, self._exact(batch, cache)), batch.max_query_len, None
+        buffers = self._buffers.get(size)
+        if buffers is None:
+            buffers = self._buffers[size] = Buffers(self.chain, size)
+        return buffers, 1 if size.num_splits else size.num_tokens, (size, return_hidden, *cache_key(cache))
+
+    def _max_blocks(self, cache: PagedKVCache) -> int:
+        return cache.blocks_for(self.plan.n_positions)
+
+    def _bucket(self, batch: StepBatch, cache: PagedKVCache) -> StepSize | None:
+        """The size that a step is rounded up to; None if there is none."""
+        tokens, seqs, logits = batch.input_ids.numel(), batch.seq_lens.numel(), batch.logits_indices.numel()
+        blocks = self._max_blocks(cache)
+        if batch.max_query_len == 1 and tokens == seqs == logits:
+            rows = _round_up(seqs, BATCH_SIZES)
+            return None if rows is None else StepSize(rows, rows, rows, blocks, num_splits_for(batch.max_seq_len))
+        length = _round_up(tokens, PROMPT_LENGTHS) if seqs == logits == 1 else None
+        return None if length is None else StepSize(length, 1, 1, blocks, 0)
+
+    def _exact(self, batch: StepBatch, cache: PagedKVCache) -> StepSize:
+        seqs, logits = batch.seq_lens.numel(), batch.logits_indices.numel()
+        return StepSize(batch.input_ids.numel(), seqs, logits, self._max_blocks(cache), 0)
+
+    def warm_up(
+        self,
+        cache: PagedKVCache,
+        *,
+        batch_sizes: Iterable[int] = BATCH_SIZES[:4],
+        prompt_lengths: Iterable[int] = PROMPT_LENGTHS,
+    ) -> int:
+        """Compile every kernel and capture every graph for these sizes, so that no request waits for that.
+
+        Compiled kernels are kept on disk by Triton (``TRITON_CACHE_DIR``, ``~/.triton/cache``), so a later process only
+        loads them.
+
+        Args:
+            cache: whose graphs are captured; only free blocks of it are written, one a row.
+            batch_sizes: rows of decode steps, rounded up to ``BATCH_SIZES``.
+            prompt_lengths: tokens of prompts of one sequence, rounded up to ``PROMPT_LENGTHS``.
+
+        Returns:
+            How many sizes were run.
+
+        Raises:
+            ValueError: a size is not positive.
+            OutOfBlocksError: the cache has fewer free blocks than rows.
+        """
+        from .device_loop import warm_up_loop
+
+        batch_sizes = list(batch_sizes)
+        sizes = []
+        for rows in batch_sizes:
+            if rows < 1:
+                raise ValueError(f"batch_sizes must be positive, got {rows}")
+            longest = -(-self.plan.n_positions // SPLIT) * SPLIT
+            for context in sorted({min(splits * SPLIT, longest) for splits in (*SPLITS, num_splits_for(longest))}):
+                sizes.append((rows, 1, min(context, self.plan.n_positions)))
+        for length in prompt_lengths:
+            if length < 1:
+                raise ValueError(f"prompt_lengths must be positive, got {length}")
+            if length <= self.plan.n_positions:
+                sizes.append((1, length, length))
+        for rows, queries, context in sizes:
+            self.step(_padding(rows, queries, context, cache, self.plan.device), cache)
+        if self.chain.has_head:
+            for rows in batch_sizes:
+                warm_up_loop(self, cache, min(rows, BATCH_SIZES[-1]))
+        return len(sizes)
+
+    def __repr__(self) -> str:
+        graphs = self.graphs.disabled or f"{len(self.graphs)} graphs"
+        return f"CudaExecutor({self.plan.device}, {graphs}, pdl={self.pdl}, batch_invariant={self.batch_invariant})"
+
+
+def _padding(rows: int, queries: int, context: int, cache: PagedKVCache, device: torch.device) -> StepBatch:
+    """A step that computes and changes nothing: of padding rows, said to be of this size."""
+    tokens = rows * queries
+    zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
+    return StepBatch(
+        input_ids=zeros,
+        position_ids=zeros,
+        query_start_loc=torch.zeros(rows + 1, dtype=torch.int32, device=device),
+        seq_lens=torch.zeros(rows, dtype=torch.int32, device=device),
+        block_table=torch.zeros((rows, cache.blocks_for(context)), dtype=torch.int32, device=device),
+        slot_mapping=zeros - 1,
+        logits_indices=torch.arange(rows, dtype=torch.int64, device=device),
+        max_query_len=queries,
+        max_seq_len=context,
+    )

@@ -1,0 +1,96 @@
+"""CUDA graphs: a step's launches recorded once for each size of step, and replayed with one call.
+
+A graph holds addresses, so it belongs to one set of buffers and one cache: the key names both. What cannot be captured
+runs as plain launches, and :attr:`GraphStore.disabled` says why.
+
+Source: CUDA programming guide, "CUDA Graphs"; capture as torch.cuda.graph does it.
+"""
+
+from __future__ import annotations
+
+import collections
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+
+class GraphStore:
+    """Captured graphs by key, the most recently used kept.
+
+    Args:
+        device: where the launches run; graphs are captured on CUDA devices only.
+        max_graphs: how many are kept.
+        enabled: False launches everything plainly.
+
+    Attributes:
+        disabled: why nothing is captured, in one clause; empty while graphs are in use.
+    """
+
+    def __init__(self, device: torch.device, *, max_graphs: int = 64, enabled: bool = True) -> None:
+        self._graphs: collections.OrderedDict[Hashable, torch.cuda.CUDAGraph] = collections.OrderedDict()
+        self._max_graphs = max_graphs
+        self.disabled = ""
+        if device.type != "cuda":
+            self.disabled = f"the weights are on {device}"
+        elif not enabled:
+            self.disabled = "CUDA graphs are turned off"
+        self._device = device
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+        self._graphs.clear()
+
+    def run(self, key: Hashable, launches: Callable[[], None]) -> None:
+        """Replay the graph of ``key``, or capture it from ``launches`` first.
+
+        The launches run once plainly before the capture, which only records them: kernels are compiled then, which a
+        capture does not allow. They must be the same for equal keys.
+
+        Args:
+            key: says everything that the launches depend on: addresses, sizes, settings.
+            launches: starts kernels on the current stream; allocates nothing and does not wait.
+        """
+        if self.disabled:
+            launches()
+            return
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            graph.replay()
+            return
+        launches()
+        graph = self._capture(launches)
+        if graph is None:
+            return
+        self._graphs[key] = graph
+        while len(self._graphs) > self._max_graphs:
+            self._graphs.popitem(last=False)
+
+    def _capture(self, launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self._device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                launches()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # the step itself has run already; from now on every step is launched plainly
+            self.disabled = f"capture failed: {error}"
+            self._graphs.clear()
+            warnings.warn(
+                f"gpt2rt cannot capture CUDA graphs here and launches kernels one by one, which is slower: {error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return None
+        return graph

@@ -1,0 +1,367 @@
+"""A decode loop that stays on the device: each step's tokens are chosen there and are the next step's inputs there.
+
+The host only follows: it queues step after step, reserves blocks ahead, and reads the tokens that have been chosen, one
+wait for each. While it looks at the tokens of one step the device runs the next, so nothing that the host does between
+steps costs time unless it takes longer than a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence as ListLike
+
+import torch
+from torch import Tensor
+
+from gpt2rt.cache import PagedKVCache, Sequence
+from gpt2rt.kernels.advance import advance_triton
+from gpt2rt.kernels.sampling import argmax_into_triton, sample_into_triton
+from gpt2rt.kernels.sampling_select import SelectWorkspace, select_workspace
+from gpt2rt.kernels.uniforms import uniforms_into_triton
+
+from .chain import Buffers, StepSize
+from .cuda import BATCH_SIZES, CudaExecutor, cache_key, num_splits_for
+
+# names states in the keys of graphs: an address or an id may come again
+_SERIAL = itertools.count()
+
+#: steps whose tokens are kept on the device; the host may be one less behind
+RING = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """How the tokens of the rows are drawn; what is None is off.
+
+    Attributes:
+        seeds, requests, choices, positions: [num_rows] integers of 64 bits, the arguments of
+            ``generation.random.uniform``; positions of the next token.
+        temperature, top_p, min_p: [num_rows] numbers, or None.
+        top_k: [num_rows] integers, or None.
+    """
+
+    seeds: ListLike[int]
+    requests: ListLike[int]
+    choices: ListLike[int]
+    positions: ListLike[int]
+    temperature: ListLike[float] | None = None
+    top_k: ListLike[int] | None = None
+    top_p: ListLike[float] | None = None
+    min_p: ListLike[float] | None = None
+
+
+class DeviceLoop:
+    """Steps of one token for up to ``max_rows`` sequences of one cache.
+
+    Args:
+        executor: runs the steps.
+        cache: of the sequences.
+        max_rows: the most of them, at most 256.
+
+    Attributes:
+        pending: steps that are queued and whose tokens were not read yet.
+
+    Raises:
+        ValueError: too many rows, or the plan has no output layer.
+    """
+
+    def __init__(self, executor: CudaExecutor, cache: PagedKVCache, max_rows: int) -> None:
+        if not 1 <= max_rows <= BATCH_SIZES[-1]:
+            raise ValueError(f"max_rows must be 1 to {BATCH_SIZES[-1]}, got {max_rows}")
+        if not executor.chain.has_head:
+            raise ValueError("a decode loop needs a plan with an output layer")
+        self._executor = executor
+        self._cache = cache
+        self._device = executor.plan.device
+        self._sequences: ListLike[Sequence] = ()
+        self._limits: list[int] = []
+        self._max_blocks = cache.blocks_for(executor.plan.n_positions)
+        self._key: tuple[int, bool, int, int] | None = None
+        self._state: _State
+        self._settings: tuple[bool, ...] = ()
+        self._launched = self._read = 0
+
+    @property
+    def pending(self) -> int:
+        """Steps that were queued and not read."""
+        return self._launched - self._read
+
+    def start(
+        self,
+        tokens: ListLike[int],
+        sequences: ListLike[Sequence],
+        limits: ListLike[int],
+        sampling: SamplingRows | None = None,
+    ) -> None:
+        """Go on with these sequences; what was pending is forgotten.
+
+        Args:
+            tokens: the token of each that the first step computes.
+            sequences: their block tables; positions go on from their lengths.
+            limits: for each, the most tokens it may have in the cache.
+            sampling: how tokens are drawn; None: the first of the largest logits.
+        """
+        rows = next(size for size in BATCH_SIZES if size >= len(sequences))
+        key = rows, sampling is not None, self._max_blocks, self._cache.block_size
+        if key != self._key:
+            self.close()
+            # states outlive the loop, and their graphs with them
+            idle = self._executor.loop_states.get(key)
+            self._state = idle.pop() if idle else _State(self._executor, *key)
+            self._key = key
+        self._sequences, self._limits = sequences, list(limits)
+        self._launched = self._read = 0
+        self._settings = self._state.fill(tokens, sequences, limits, sampling)
+
+    def can_launch(self) -> bool:
+        """Whether every sequence has room for one more token, and the ring for its step."""
+        room = all(s.length < limit for s, limit in zip(self._sequences, self._limits, strict=True))
+        return room and self.pending < RING - 1
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        """Queue a step: it appends one token to each sequence, and chooses the next.
+
+        Raises:
+            OutOfBlocksError: the pool is empty; no sequence has grown, nothing was queued.
+        """
+        grown: list[Sequence] = []
+        try:
+            for sequence in self._sequences:
+                sequence.append(1)
+                grown.append(sequence)
+        except BaseException:
+            for sequence in grown:
+                sequence.truncate(sequence.length - 1)
+            raise
+        state = self._state
+        state.extend_tables(self._sequences, self._launched)
+        longest = max(sequence.length for sequence in self._sequences)
+        state.run(self._cache, longest, self._settings, self._launched)
+        self._launched += 1
+
+    def read(self) -> list[int]:
+        """The tokens that the oldest pending step chose, -1 for a row that had none; waits for that step alone.
+
+        Raises:
+            RuntimeError: nothing is pending.
+        """
+        if not self.pending:
+            raise RuntimeError("no step is pending; launch one first")
+        tokens = self._state.tokens(self._read)
+        self._read += 1
+        return tokens[: len(self._sequences)]
+
+    def forget(self) -> None:
+        """Undo what the pending steps did to the sequences: they may go elsewhere from their last read token.
+
+        Waits for those steps: what the host wrote for them may be written over afterwards.
+        """
+        if self.pending:
+            self._state.tokens(self._launched - 1)
+        for sequence in self._sequences:
+            # one that was freed has nothing to undo
+            if sequence.blocks:
+                sequence.truncate(sequence.length - self.pending)
+        self._launched = self._read = 0
+        self._sequences, self._limits = (), []
+
+    def close(self) -> None:
+        """Leave the tensors to the next loop; this one may start again. Pending steps are forgotten."""
+        self.forget()
+        if self._key is not None:
+            self._executor.loop_states.setdefault(self._key, []).append(self._state)
+            self._key = None
+
+
+def warm_up_loop(executor: CudaExecutor, cache: PagedKVCache, num_rows: int) -> None:
+    """Run one step of a loop of so many rows for each usual way to choose, so that no request waits for a compiler.
+
+    Args:
+        executor: whose kernels and graphs are made.
+        cache: whose free blocks the step writes to, one a row; they are free again afterwards.
+        num_rows: 1 to 256.
+
+    Raises:
+        OutOfBlocksError: the cache has fewer free blocks.
+        ValueError: as :class:`DeviceLoop`.
+    """
+    integers, ones = [0] * num_rows, [1.0] * num_rows
+    numbers = (integers, integers, integers, integers)
+    ways = [None, SamplingRows(*numbers)]
+    for settings in ({}, {"top_k": [50] * num_rows}, {"top_p": ones}, {"top_k": [50] * num_rows, "top_p": ones}):
+        ways.append(SamplingRows(*numbers, temperature=ones, **settings))
+    loop = DeviceLoop(executor, cache, num_rows)
+    sequences = [Sequence(cache) for _ in range(num_rows)]
+    try:
+        for way in ways:
+            loop.start(integers, sequences, [cache.block_size] * num_rows, way)
+            loop.launch()
+            loop.read()
+    finally:
+        loop.close()
+        for sequence in sequences:
+            sequence.free()
+
+
+class _State:
+    """The tensors of a batch size, on the device and where the host writes and reads them."""
+
+    def __init__(self, executor: CudaExecutor, rows: int, draws: bool, max_blocks: int, block_size: int) -> None:
+        device = executor.plan.device
+        on_device = device.type == "cuda"
+        self._serial = next(_SERIAL)
+        self._executor = executor
+        self._rows = rows
+        self._device = device
+        self._max_blocks = max_blocks
+        self._block_size = block_size
+        self._buffers: dict[int, Buffers] = {}
+
+        def host(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, pin_memory=on_device)
+
+        def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.chosen, self.step = new(rows), new(1)
+        self.ring = new(RING, rows)
+        self.limits = new(rows, dtype=torch.int32)
+        # one for each step of the ring: a copy to the device may still be under way when the next step's is written
+        self._tables = host(RING, rows, max_blocks, dtype=torch.int32)
+        self._slots = host(RING, rows, dtype=torch.int64)
+        self._fetched = host(RING, rows, dtype=torch.int64)
+        self._events = [torch.cuda.Event() for _ in range(RING)] if on_device else []
+        # of each sequence, how many blocks the device's table has, and the last of them
+        self._shape: list[tuple[int, int]] = []
+        self.work: SelectWorkspace = select_workspace(rows, executor.plan.vocab_size, device)
+        self._places = torch.zeros_like(self.work.maxima, dtype=torch.int32)
+        self.draws = draws
+        self._integers = {name: new(rows) for name in ("seeds", "requests", "choices", "positions", "top_k")}
+        self._floats = {name: new(rows, dtype=torch.float64) for name in ("temperature", "top_p", "min_p", "uniforms")}
+        # all buffers of a batch size share the inputs
+        self._shared: Buffers | None = None
+
+    def buffers(self, num_splits: int) -> Buffers:
+        """Those for a context of so many splits; inputs are the same tensors for every context."""
+        if num_splits not in self._buffers:
+            size = StepSize(self._rows, self._rows, self._rows, self._max_blocks, num_splits)
+            made = Buffers(self._executor.chain, size)
+            if self._shared is None:
+                self._shared = made
+            else:
+                made.share_inputs(self._shared)
+            self._buffers[num_splits] = made
+        return self._buffers[num_splits]
+
+    def fill(
+        self,
+        tokens: ListLike[int],
+        sequences: ListLike[Sequence],
+        limits: ListLike[int],
+        sampling: SamplingRows | None,
+    ) -> tuple[bool, ...]:
+        """Write the state before the first step; says which settings of the sampler are in use."""
+        count = len(sequences)
+        # the inputs of the first step are what advance would have made of the step before it; its slots come later
+        padding = [0] * (self._rows - count)
+        lengths = [sequence.length + 1 for sequence in sequences]
+        buffers = self.buffers(num_splits_for(max(lengths)))
+        buffers.input_ids.copy_(torch.tensor([*tokens, *padding], dtype=torch.int64))
+        buffers.position_ids.copy_(torch.tensor([*(length - 1 for length in lengths), *padding], dtype=torch.int64))
+        buffers.slot_mapping.fill_(-1)
+        buffers.seq_lens.copy_(torch.tensor(lengths + padding, dtype=torch.int32))
+        self.limits.copy_(torch.tensor(list(limits) + padding, dtype=torch.int32))
+        self.step.zero_()
+        self._shape = []
+        if sampling is None:
+            return ()
+        for name in ("seeds", "requests", "choices", "positions"):
+            self._integers[name].copy_(_int64([*getattr(sampling, name), *padding]))
+        settings = []
+        for name, store in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+            values = getattr(sampling, name)
+            settings.append(values is not None)
+            if values is not None:
+                target = self._integers[name] if name == "top_k" else self._floats[name]
+                target.copy_(torch.tensor([*values, *(store for _ in padding)], dtype=target.dtype))
+        return tuple(settings)
+
+    def extend_tables(self, sequences: ListLike[Sequence], step: int) -> None:
+        """Send the block tables again where one has grown; the slots of a first step are known only now."""
+        assert self._shared is not None
+        shape = [(len(sequence.blocks), sequence.blocks[-1]) for sequence in sequences]
+        changed = shape != self._shape
+        if changed:
+            table = self._tables[step % RING]
+            for row, sequence in enumerate(sequences):
+                table[row, : len(sequence.blocks)] = torch.tensor(sequence.blocks, dtype=torch.int32)
+            self._shared.block_table.copy_(table, non_blocking=True)
+            self._shape = shape
+        if changed or step == 0:
+            # a step before looked its slot up in the table as it was then
+            slots = [(s.blocks[-1] * self._block_size + (s.length - 1) % self._block_size) for s in sequences]
+            staged = self._slots[step % RING, : len(slots)]
+            staged.copy_(torch.tensor(slots, dtype=torch.int64))
+            self._shared.slot_mapping[: len(slots)].copy_(staged, non_blocking=True)
+
+    def run(self, cache: PagedKVCache, longest: int, settings: tuple[bool, ...], step: int) -> None:
+        """Queue the step, and the copy of its tokens to the host."""
+        buffers = self.buffers(num_splits_for(longest))
+        key = ("loop", self._serial, buffers.size, settings, *cache_key(cache))
+        with self._executor.lock:
+            self._executor.graphs.run(key, lambda: self._launches(buffers, cache, settings))
+        slot = step % RING
+        self._fetched[slot].copy_(self.ring[slot], non_blocking=True)
+        if self._events:
+            self._events[slot].record(torch.cuda.current_stream(self._device))
+
+    def tokens(self, step: int) -> list[int]:
+        """The tokens of a step; waits for it."""
+        slot = step % RING
+        if self._events:
+            self._events[slot].synchronize()
+        return self._fetched[slot].tolist()
+
+    def _launches(self, buffers: Buffers, cache: PagedKVCache, settings: tuple[bool, ...]) -> None:
+        self._executor.chain.run(buffers, cache, 1, hidden=False)
+        logits = buffers.logits
+        if not self.draws:
+            argmax_into_triton(logits, self.chosen, self.work.maxima, self._places, finite=True)
+        else:
+            numbers = self._integers
+            names = ("seeds", "requests", "choices", "positions")
+            uniforms = self._floats["uniforms"]
+            uniforms_into_triton(*(numbers[name] for name in names), uniforms, advance=1)
+            values = (self._floats["temperature"], numbers["top_k"], self._floats["top_p"], self._floats["min_p"])
+            temperature, top_k, top_p, min_p = (v if used else None for v, used in zip(values, settings, strict=True))
+            sample_into_triton(
+                logits,
+                uniforms,
+                self.chosen,
+                self.work,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                finite=True,
+            )
+        advance_triton(
+            self.chosen,
+            buffers.input_ids,
+            buffers.position_ids,
+            buffers.slot_mapping,
+            buffers.seq_lens,
+            self.limits,
+            buffers.block_table,
+            self.ring,
+            self.step,
+            self._block_size,
+            pdl=self._executor.pdl,
+        )
+
+
+def _int64(values: ListLike[int]) -> Tensor:
+    """Integers of 64 bits, signed or not, as int64 with the same bits."""
+    return torch.tensor([(value + 2**63) % 2**64 - 2**63 for value in values], dtype=torch.int64)

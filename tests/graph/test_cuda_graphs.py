@@ -1,0 +1,111 @@
+"""Which launches are captured, replayed and forgotten; with stand-ins for torch's graphs, so that no GPU is needed."""
+
+import contextlib
+
+import pytest
+import torch
+
+from gpt2rt.graph.cuda_graphs import GraphStore
+
+
+class Device:
+    """What a GPU would have run, and what a capture recorded."""
+
+    def __init__(self):
+        self.log = []
+        self.capturing = None
+        self.error = None
+
+    def launch(self, name):
+        (self.log if self.capturing is None else self.capturing).append(name)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = Device()
+
+    class Graph:
+        def __init__(self):
+            self.recorded = []
+
+        def replay(self):
+            device.log.append(("replay", *self.recorded))
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream, capture_error_mode):
+        assert pool == "pool"
+        assert capture_error_mode == "thread_local"
+        device.capturing = graph.recorded
+        try:
+            yield
+            if device.error is not None:
+                raise device.error
+        finally:
+            device.capturing = None
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    return device
+
+
+def store(**options):
+    return GraphStore(torch.device("cuda:0"), **options)
+
+
+def test_a_step_runs_once_and_is_captured_then_replayed(device):
+    graphs = store()
+    for _ in range(3):
+        graphs.run("a", lambda: device.launch("a"))
+    assert device.log == ["a", ("replay", "a"), ("replay", "a")]
+    graphs.run("b", lambda: device.launch("b"))
+    assert device.log[3:] == ["b"]
+    assert len(graphs) == 2
+    graphs.clear()
+    graphs.run("a", lambda: device.launch("a"))
+    assert device.log[4:] == ["a"]
+
+
+def test_the_least_recently_used_is_forgotten(device):
+    graphs = store(max_graphs=2)
+    for key in ("a", "b", "a", "c", "a", "b"):
+        graphs.run(key, lambda key=key: device.launch(key))
+    assert device.log == ["a", "b", ("replay", "a"), "c", ("replay", "a"), "b"]
+
+
+def test_what_cannot_be_captured_is_launched_plainly(device):
+    graphs = store()
+    graphs.run("a", lambda: device.launch("a"))
+    device.error = RuntimeError("operation not permitted when stream is capturing")
+    with pytest.warns(RuntimeWarning, match="cannot capture CUDA graphs here.*not permitted"):
+        graphs.run("b", lambda: device.launch("b"))
+    assert graphs.disabled == "capture failed: operation not permitted when stream is capturing"
+    assert len(graphs) == 0
+    device.error = None
+    for key in ("a", "b", "b"):
+        graphs.run(key, lambda key=key: device.launch(key))
+    # every step ran exactly once
+    assert device.log == ["a", "b", "a", "b", "b"]
+
+
+def test_out_of_memory_is_not_a_failed_capture(device):
+    graphs = store()
+    device.error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        graphs.run("a", lambda: device.launch("a"))
+    assert graphs.disabled == ""
+    device.error = None
+    graphs.run("a", lambda: device.launch("a"))
+    graphs.run("a", lambda: device.launch("a"))
+    assert device.log == ["a", "a", ("replay", "a")]
+
+
+def test_graphs_can_be_turned_off(device):
+    graphs = store(enabled=False)
+    assert graphs.disabled == "CUDA graphs are turned off"
+    graphs.run("a", lambda: device.launch("a"))
+    graphs.run("a", lambda: device.launch("a"))
+    assert device.log == ["a", "a"]
+    assert GraphStore(torch.device("cpu")).disabled == "the weights are on cpu"

@@ -1,0 +1,228 @@
+"""The kernel lab: its list is complete, its errors find wrong kernels, its times are fair."""
+
+import ast
+import math
+import pathlib
+
+import pytest
+import torch
+
+from gpt2rt import ops
+from gpt2rt.lab.measure import choose, is_ours, measure, size_text
+from gpt2rt.lab.problem import Place, Problem, error_of, patched, poison
+from gpt2rt.lab.registry import OPERATIONS, Operation
+from gpt2rt.lab.timing import Timer, Times
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+def functions(module):
+    """Names that a file under kernels/ defines or imports."""
+    names = set()
+    for node in ast.parse((ROOT / "kernels" / f"{module}.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+# ---- the list --------------------------------------------------------------------------------------------------------
+
+
+def test_every_launcher_is_in_the_list():
+    listed = {target for operation in OPERATIONS.values() for target in operation.triton}
+    found = {
+        f"{path.stem}:{node.name}"
+        for path in (ROOT / "kernels").glob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_triton") and not node.name.startswith("_")
+    }
+    assert listed == found
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=list(OPERATIONS))
+def test_what_the_list_names_exists(operation):
+    module, _, name = operation.reference.partition(":")
+    assert name in functions(module)
+    assert not operation.cpp or (ROOT / "csrc" / "cpu" / operation.cpp).is_file()
+    for size in operation.sizes:
+        assert size.keys() == operation.sizes[0].keys()
+
+
+def test_operations_are_chosen_by_name():
+    assert [operation.name for operation in choose(["sample", "layer_norm"])] == ["layer_norm", "sample"]
+    assert len(choose(None)) == len(OPERATIONS)
+    with pytest.raises(ValueError, match="no operation 'norm'; choose from layer_norm, "):
+        choose(["norm"])
+
+
+@pytest.mark.parametrize("operation", [o for o in OPERATIONS.values() if o.cpp], ids=lambda o: o.name)
+def test_cpp_forms_agree_with_their_definitions(operation):
+    if not ops.extension_status().loaded:
+        pytest.skip(ops.extension_status().reason)
+    for dtype in (torch.float32, torch.bfloat16):
+        result = measure(operation, operation.toy, Place("cpu", dtype))
+        assert result["forms"]["C++"]["ok"], result
+        assert result["ok"]
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "linear_residual", "paged_prefill_attention", "log_probabilities"])
+def test_peers_compute_the_same(name):
+    operation = OPERATIONS[name]
+    size = operation.toy | ({"queries": 70} if name == "paged_prefill_attention" else {})
+    forms = measure(operation, size, Place("cpu"))["forms"]
+    peers = [form for form in forms if not is_ours(form)]
+    assert peers
+    assert all(forms[form]["error"] <= 2e-5 for form in peers)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_error_is_a_share_of_the_largest_magnitude():
+    expected = torch.tensor([0.0, -4.0, 1.0], dtype=torch.float64)
+    assert error_of(torch.tensor([0.0, -4.0, 1.5]), expected) == pytest.approx(0.125)
+    assert error_of(expected, expected) == 0.0
+    assert error_of(torch.zeros(0), torch.zeros(0)) == 0.0
+
+
+def test_the_error_of_integers_counts_those_that_differ():
+    assert error_of(torch.tensor([1, 2, 3]), torch.tensor([1, 5, 4])) == 2.0
+
+
+@pytest.mark.parametrize(
+    "result", [[1.0, math.nan], [1.0, math.inf], [math.nan, math.inf], [1.0, -math.inf], [1.0], [1.0, 2.0]]
+)
+def test_what_is_not_finite_must_be_the_same(result):
+    expected = torch.tensor([1.0, math.inf], dtype=torch.float64)
+    assert error_of(torch.tensor(result), expected) == (0.0 if result == [1.0, math.inf] else math.inf)
+
+
+def test_poison_fills_every_dtype():
+    floats, codes, ids = torch.zeros(3), torch.zeros(3, dtype=torch.float8_e4m3fn), torch.zeros(3, dtype=torch.int64)
+    poison(floats, codes, ids)
+    assert floats.isnan().all()
+    assert (codes.view(torch.uint8) == 0xB3).all()
+    assert (ids == -77).all()
+
+
+def operation_of(**forms):
+    """An operation on x = [1, 2] whose definition doubles it."""
+    x, out = torch.tensor([1.0, 2.0]), torch.zeros(2)
+
+    def build(place, n):
+        return Problem(
+            {name: lambda i, form=form: form(x, out) for name, form in forms.items()},
+            lambda: 2 * x.double(),
+            moved=16,
+            operations=2,
+            prepare=lambda: poison(out),
+        )
+
+    return Operation("double", "y = 2 x", "refs:none", (), "", build, {"n": 2}, ({"n": 2},))
+
+
+def test_a_kernel_that_is_wrong_or_fails_or_leaves_its_output_is_found():
+    def fails(x, out):
+        raise RuntimeError("no\nluck")
+
+    operation = operation_of(
+        **{"C++": lambda x, out: x + x, "Triton": lambda x, out: x * 2.001, "Triton: lazy": lambda x, out: out},
+        **{"Triton: broken": fails, "torch": lambda x, out: 3 * x},
+    )
+    result = measure(operation, {"n": 2}, Place("cpu"))
+    forms = result["forms"]
+    assert {name: form["ok"] for name, form in forms.items()} == {
+        "C++": True,
+        "Triton": False,
+        "Triton: lazy": False,
+        "Triton: broken": False,
+        "torch": None,
+    }
+    assert forms["Triton"]["error"] == pytest.approx(5e-4, rel=0.01)
+    assert forms["Triton: broken"]["failed"] == "RuntimeError: no luck"
+    assert forms["Triton: lazy"]["error"] is None
+    assert "NaN" in forms["Triton: lazy"]["failed"]
+    assert not result["ok"]
+
+
+def test_times_stand_beside_the_limit():
+    operation = operation_of(**{"C++": lambda x, out: x + x, "torch": lambda x, out: x * 2})
+    timer = Timer(torch.device("cpu"), rounds=3, target_us=10.0)
+    result = measure(operation, {"n": 2}, Place("cpu"), timer, {"bytes_per_s": 1e6, "operations_per_s": 1e3})
+    # 2 operations at 1000 a second take longer than 16 bytes at a million
+    assert result["limit_us"] == pytest.approx(2000.0)
+    for form in result["forms"].values():
+        assert form["us"] >= form["p10_us"] > 0.0
+        assert form["share"] == pytest.approx(2000.0 / form["us"])
+        assert form["captured"] is False
+
+
+def test_a_form_that_fails_only_when_timed_is_a_failure():
+    calls = []
+
+    def once(x, out):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("out of luck")
+        return x + x
+
+    timer = Timer(torch.device("cpu"), rounds=2)
+    result = measure(operation_of(**{"C++": once}), {"n": 2}, Place("cpu"), timer)
+    assert result["forms"]["C++"]["failed"] == "RuntimeError: out of luck"
+    assert not result["ok"]
+
+
+def test_sizes_in_words():
+    assert size_text({"rows": 8, "format": "int4"}) == "rows=8 format=int4"
+
+
+# ---- times and variants ----------------------------------------------------------------------------------------------
+
+
+def test_peers_take_turns_and_copies_too():
+    order = []
+    calls = {name: lambda i, name=name: order.append((name, i)) for name in "ab"}
+    timer = Timer(torch.device("cpu"), rounds=4, target_us=1e9, max_calls=3)
+    times, failed = timer.compare(calls, copies=5)
+    assert not failed
+    assert all(t.samples == 4 for t in times.values())
+    measured = order[6:]  # two warm-up calls and a guess each
+    turns = [measured[i : i + 3] for i in range(0, len(measured), 3)]
+    assert [turn[0][0] for turn in turns] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    # the next round goes on with the next copies
+    assert [i for name, i in measured if name == "a"] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
+def test_a_timer_that_does_not_warm_up_calls_once():
+    calls = []
+    times, _ = Timer(torch.device("cpu"), rounds=1, warm=False).compare({"x": calls.append}, copies=5)
+    assert calls == [0]
+    assert times["x"].samples == 1
+
+
+def test_median_and_tenth_percentile():
+    times = Times.of([float(i) for i in range(20, 0, -1)], True)
+    assert (times.median, times.p10, times.samples, times.captured) == (10.5, 3.0, 20, True)
+
+
+def test_a_variant_changes_a_name_for_as_long_as_it_is_tried():
+    from gpt2rt.kernels import weights
+
+    with patched("weights", "CHUNK", 32):
+        assert weights.CHUNK == 32
+    assert weights.CHUNK == 64
+    with pytest.raises(ZeroDivisionError), patched("weights", "CHUNK", 0):
+        _ = 1 // weights.CHUNK
+    assert weights.CHUNK == 64
+
+
+def test_cold_data_has_copies():
+    assert Place("cpu").copies(100) == 1
+    assert Place("cpu", cold_bytes=1000).copies(300) == 4
+    assert Place("cpu", cold_bytes=1 << 40).copies(1) == 64
+    problem = OPERATIONS["layer_norm"].problem(Place("cpu", cold_bytes=10_000), {"rows": 3, "n": 100})
+    assert problem.copies == 5
+    first, last = (problem.forms["torch"](i) for i in (0, 4))
+    assert not torch.equal(first, last)
