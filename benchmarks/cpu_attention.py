@@ -32,7 +32,8 @@ CASES = {
         f"decode {batch} x {context}": (batch, context, 1) for batch in (1, 8, 64) for context in (128, 1024)
     },
 }  # fmt: skip
-KINDS = ("float32", "bfloat16", "int8")
+#: what keys and values are stored in; "bfloat16 fast" has products of bfloat16, as steps in fast arithmetic
+KINDS = ("float32", "bfloat16", "bfloat16 fast", "int8")
 BLOCK_SIZE = 16
 _MOST_BYTES = 400e6
 
@@ -68,7 +69,8 @@ def paged_call(kind: str, case: tuple[int, int, int], heads: int, head_dim: int,
 
     batch, context, queries = case
     blocks = -(-context // BLOCK_SIZE)
-    dtype = getattr(torch, kind)
+    fast = kind.endswith(" fast")
+    dtype = getattr(torch, kind.removesuffix(" fast"))
     cache = PagedKVCache(layers, heads, head_dim, batch * blocks, block_size=BLOCK_SIZE, dtype=dtype)
     table = torch.randperm(batch * blocks).int().view(batch, blocks)
     positions = torch.arange(context)
@@ -85,7 +87,9 @@ def paged_call(kind: str, case: tuple[int, int, int], heads: int, head_dim: int,
         for layer in range(layers):
             caches = cache.key_cache(layer), cache.value_cache(layer)
             scales = cache.key_scales(layer), cache.value_scales(layer)
-            if queries == 1:
+            if fast:
+                ops.step_attention(query, *caches, table, lens, starts, head_dim**-0.5)
+            elif queries == 1:
                 ops.paged_decode_attention(query, *caches, table, lens, context, head_dim**-0.5, *scales)
             else:
                 arguments = (table, lens, starts, queries, head_dim**-0.5)
@@ -130,7 +134,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
         kv_floats = 2 * batch * context * heads * head_dim
         layers = 1 if queries > 1 else int(max(1, min(12, _MOST_BYTES / (4 * kv_floats))))
         calls = {f"gpt2rt {kind}": paged_call(kind, case, heads, head_dim, layers) for kind in KINDS}
-        calls |= {f"torch {kind}": torch_call(kind, case, heads, head_dim, layers) for kind in KINDS[:2]}
+        calls |= {f"torch {kind}": torch_call(kind, case, heads, head_dim, layers) for kind in ("float32", "bfloat16")}
         times: dict[str, list[float]] = {key: [] for key in calls}
         for call in calls.values():
             call()
@@ -143,10 +147,10 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
         # products of queries and keys, and of weights and values, each a multiplication and an addition
         flops = 4 * head_dim * heads * batch * sum(range(context - queries + 1, context + 1))
         for kind in KINDS:
-            ours = median[f"gpt2rt {kind}"]
+            ours, dtype = median[f"gpt2rt {kind}"], kind.removesuffix(" fast")
             peer = min(v for k, v in median.items() if k.startswith("torch")) if kind == "int8" else None
-            ratio = ours / (peer or median[f"torch {kind}"])
-            num_bytes = kv_floats * getattr(torch, kind).itemsize
+            ratio = ours / (peer or median[f"torch {dtype}"])
+            num_bytes = kv_floats * getattr(torch, dtype).itemsize
             if kind == "int8":
                 num_bytes += kv_floats // head_dim * 4
             result = {
@@ -154,7 +158,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
                 "kv": kind,
                 "layers": layers,
                 "gpt2rt": summary(times[f"gpt2rt {kind}"]),
-                "torch": summary(times[f"torch {kind}"]) if peer is None else None,
+                "torch": summary(times[f"torch {dtype}"]) if peer is None else None,
                 "ratio": ratio,
             }
             if queries > 1:
@@ -167,7 +171,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
                 speed = f"{result['gb_per_s']:6.1f} GB/s   "
             results.append(result)
             print(
-                f"{name:21} {kind:9} {ours * 1e3:8.3f} ms, {speed}, {share:5.0%} of the ceiling, ratio to torch "
+                f"{name:21} {kind:13} {ours * 1e3:8.3f} ms, {speed}, {share:5.0%} of the ceiling, ratio to torch "
                 f"{ratio:.2f}",
                 flush=True,
             )

@@ -7,9 +7,14 @@
 #include "kernels/table.h"
 
 #include "kernels/gemm_bfloat16.h"
+#include "kernels/attention_bfloat16.h"
 
 namespace gpt2rt::avx512_bf16 {
 
-void replace(Kernels& table) { table.gemm_bfloat16 = gemm_bfloat16; }
+void replace(Kernels& table) {
+  table.gemm_bfloat16 = gemm_bfloat16;
+  table.attention_bfloat16 = attention_bfloat16;
+  table.attention_scratch_floats = attention_scratch_floats_bfloat16;
+}
 
 }  // namespace gpt2rt::avx512_bf16

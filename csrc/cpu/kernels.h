@@ -102,7 +102,9 @@ struct Kernels {
   // n elements become int8 codes and one scale: kernels/kv_cache.h
   void (*quantize_head)(DType dtype, const void* x, int64_t n, int8_t* codes, float* scale);
   void (*attention)(const AttentionArgs& args);
-  // out from partials, which holds every split of the tile; destroys them
+  // the same with products of bfloat16 pairs, for a bfloat16 cache; nullptr where there is no such instruction
+  void (*attention_bfloat16)(const AttentionArgs& args);
+  // out from partials, which holds every split of the tile, by either; destroys them
   void (*attention_merge)(const AttentionArgs& args);
   int64_t (*attention_scratch_floats)(int64_t head_dim);
   // maxima[b] = largest of scores[64 b] .. of n; false if there is a NaN or +infinity, or with `finite` -infinity too

@@ -1,4 +1,4 @@
-// paged_prefill_attention and paged_decode_attention: kernels/attention.h holds the maths.
+// paged_prefill_attention, paged_decode_attention and step_attention: kernels/attention*.h hold the maths.
 #include "paged_attention.h"
 
 #include <algorithm>
@@ -117,8 +117,10 @@ AttentionWork::AttentionWork(const PagedBatch& b, int64_t num_heads, int64_t hea
 
 int64_t AttentionWork::longest() const { return tiles_.empty() ? 0 : tile_work(tiles_.front()); }
 
-void AttentionWork::part(const Kernels& k, const AttentionArgs& base, int64_t query_head_stride,
+void AttentionWork::part(const Kernels& k, const AttentionArgs& base, bool fast, int64_t query_head_stride,
                          int64_t out_head_stride, const PagedBatch& batch, std::atomic<int64_t>& counter) {
+  const bool pairs = fast && base.cache_dtype == DType::kBFloat16 && k.attention_bfloat16 != nullptr;
+  const auto attention = pairs ? k.attention_bfloat16 : k.attention;
   AttentionArgs args = base;
   args.scratch = thread_scratch_floats(k.attention_scratch_floats(base.head_dim));
   const int64_t count = static_cast<int64_t>(tiles_.size());
@@ -138,7 +140,7 @@ void AttentionWork::part(const Kernels& k, const AttentionArgs& base, int64_t qu
     args.out = at(base.out, tile.first_query * base.out_stride + tile.head * out_head_stride, base.out_dtype);
     args.split = tile.split;
     args.partials = partials_.data() + tile.partials;
-    k.attention(args);
+    attention(args);
     if (tile.split < 0) continue;
     std::atomic<int32_t>& left = left_[static_cast<size_t>(tile.shared)];
     // acquire: the partials of the other threads; release: this one's
@@ -190,7 +192,8 @@ PagedBatch check_paged(const char* op, const Tensor& query, const Tensor& key_ca
 }
 
 Tensor run_attention(const PagedBatch& batch, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                     double scale, const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
+                     double scale, const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales,
+                     bool fast) {
   const int64_t num_heads = query.size(1), head_dim = query.size(2);
   Tensor out = new_like(query, {query.size(0), num_heads, head_dim});
   AttentionArgs args{};
@@ -223,15 +226,14 @@ Tensor run_attention(const PagedBatch& batch, const Tensor& query, const Tensor&
   std::atomic<int64_t> counter{0};
   const Kernels& k = kernels();
   parallel_rows(static_cast<int64_t>(work.tiles().size()), work.longest() * head_dim + 1,
-                [&](int64_t, int64_t) { work.part(k, args, query.stride(1), head_dim, batch, counter); });
+                [&](int64_t, int64_t) { work.part(k, args, fast, query.stride(1), head_dim, batch, counter); });
   return out;
 }
 
-Tensor paged_prefill_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                               const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
-                               int64_t max_query_len, double scale, const std::optional<Tensor>& key_scales,
-                               const std::optional<Tensor>& value_scales) {
-  const char* op = "paged_prefill_attention";
+// check_paged and the scales, for ragged rows of queries
+PagedBatch check_ragged(const char* op, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                        const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc, double scale,
+                        const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales) {
   PagedBatch batch = check_paged(op, query, key_cache, value_cache, block_table, seq_lens, scale);
   check_scales(op, key_cache, key_scales, value_scales);
   check_dtype(op, "query_start_loc", query_start_loc, ScalarType::Int);
@@ -240,12 +242,22 @@ Tensor paged_prefill_attention(const Tensor& query, const Tensor& key_cache, con
   check_contiguous(op, "query_start_loc", query_start_loc);
   batch.query_start_loc = data<int32_t>(query_start_loc);
   check_batch(op, batch);
+  return batch;
+}
+
+Tensor paged_prefill_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                               const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc,
+                               int64_t max_query_len, double scale, const std::optional<Tensor>& key_scales,
+                               const std::optional<Tensor>& value_scales) {
+  const char* op = "paged_prefill_attention";
+  const PagedBatch batch = check_ragged(op, query, key_cache, value_cache, block_table, seq_lens, query_start_loc,
+                                        scale, key_scales, value_scales);
   // not used here, but a wrong value would hide a query from the kernels that size their grid by it
   for (int64_t s = 0; s < batch.num_seqs; ++s) {
     GPT2RT_CHECK(batch.query_len(s) <= max_query_len, op, ": max_query_len is ", max_query_len, ", but sequence ", s,
                  " has ", batch.query_len(s), " tokens in this step");
   }
-  return run_attention(batch, query, key_cache, value_cache, scale, key_scales, value_scales);
+  return run_attention(batch, query, key_cache, value_cache, scale, key_scales, value_scales, false);
 }
 
 Tensor paged_decode_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
@@ -261,7 +273,14 @@ Tensor paged_decode_attention(const Tensor& query, const Tensor& key_cache, cons
     GPT2RT_CHECK(batch.seq_lens[s] <= max_seq_len, op, ": max_seq_len is ", max_seq_len, ", but seq_lens[", s, "] is ",
                  batch.seq_lens[s]);
   }
-  return run_attention(batch, query, key_cache, value_cache, scale, key_scales, value_scales);
+  return run_attention(batch, query, key_cache, value_cache, scale, key_scales, value_scales, false);
+}
+
+Tensor step_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                      const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc, double scale) {
+  const PagedBatch batch = check_ragged("step_attention", query, key_cache, value_cache, block_table, seq_lens,
+                                        query_start_loc, scale, std::nullopt, std::nullopt);
+  return run_attention(batch, query, key_cache, value_cache, scale, std::nullopt, std::nullopt, true);
 }
 
 }  // namespace
@@ -270,4 +289,5 @@ Tensor paged_decode_attention(const Tensor& query, const Tensor& key_cache, cons
 STABLE_TORCH_LIBRARY_IMPL(gpt2rt, CPU, m) {
   m.impl("paged_prefill_attention", TORCH_BOX(&gpt2rt::paged_prefill_attention));
   m.impl("paged_decode_attention", TORCH_BOX(&gpt2rt::paged_decode_attention));
+  m.impl("step_attention", TORCH_BOX(&gpt2rt::step_attention));
 }

@@ -76,9 +76,10 @@ class AttentionWork {
   // multiplications of the longest task, roughly
   int64_t longest() const;
 
-  // query, key, value, scales, out and their dtypes and strides as of head 0; the rest is filled in. Called by every
-  // thread of a phase with a counter that starts at 0; may be run again, for the next layer.
-  void part(const Kernels& k, const AttentionArgs& base, int64_t query_head_stride, int64_t out_head_stride,
+  // query, key, value, scales, out and their dtypes and strides as of head 0; the rest is filled in. fast: products of
+  // bfloat16 where the cache holds it and there is a kernel. Called by every thread of a phase with a counter that
+  // starts at 0; may be run again, for the next layer.
+  void part(const Kernels& k, const AttentionArgs& base, bool fast, int64_t query_head_stride, int64_t out_head_stride,
             const PagedBatch& batch, std::atomic<int64_t>& counter);
 
  private:

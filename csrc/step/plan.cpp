@@ -198,6 +198,7 @@ Plan read_plan(const char* op, const Tensor& tensor, const Tensor* arena) {
         row.expect(node.num_heads * node.head_dim == plan.n_embd, "H * D", node.num_heads * node.head_dim, plan.n_embd,
                    "n_embd of EMBED");
         node.scale = row.real(4, "scale");
+        node.fast = row.flag(12, "the arithmetic");
         buf_width = plan.n_embd;
         buf_node = plan.nodes.size();
         break;

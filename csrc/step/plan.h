@@ -5,7 +5,8 @@
 //   0 EMBED            f1=V f2=P f3=E f4=packed table with f7 f11 f13 f14 as below, or -1: the tensor wte
 //   1 NORM_QKV         f1=ln weight or -1 (no norm) f2=ln bias f3=packed weight f4=bias or -1 f5=K=E f6=N=3E
 //                      f7=weight format f8=layer f9=eps (bits of a double)
-//   2 ATTENTION        f1=layer f2=H f3=D f4=scale (bits of a double)
+//   2 ATTENTION        f1=layer f2=H f3=D f4=scale (bits of a double) f12=1: products of bfloat16 for a bfloat16 cache
+//                      where there is the instruction, 0: float32
 //   3 LINEAR_RESIDUAL  f3=packed weight f4=bias or -1 f5=K f6=N=E f7=weight format
 //   4 NORM_LINEAR_ACT  f1..f7, f9 as NORM_QKV, f6=n_inner f10=activation
 //   5 NORM             f1 f2 f5=E f9
@@ -57,6 +58,7 @@ struct Node {
   int64_t num_heads;
   int64_t head_dim;
   float scale;
+  bool fast;
 };
 
 struct Plan {

@@ -368,7 +368,7 @@ class Step {
     args.out = buf_;
     // the buffer's rows lie as far apart in either dtype
     args.out_stride = row_stride(plan_.n_embd) * 4 / item_size(node.y_dtype);
-    attention_.part(k_, args, cache_.head_dim, cache_.head_dim, batch_.paged, counter);
+    attention_.part(k_, args, node.fast, cache_.head_dim, cache_.head_dim, batch_.paged, counter);
   }
 
   void head_linear(const Node& node, std::atomic<int64_t>& counter, int thread, int threads) const {

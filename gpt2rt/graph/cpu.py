@@ -234,7 +234,8 @@ class _Encoder:
             case NormQKV():
                 self._row(_NORM_QKV, self._norm(node.norm), self._linear(node.linear), {8: node.layer})
             case Attention():
-                self._row(_ATTENTION, {1: node.layer, 2: node.n_head, 3: node.head_dim, 4: _bits(node.scale)})
+                sizes = {1: node.layer, 2: node.n_head, 3: node.head_dim}
+                self._row(_ATTENTION, sizes, {4: _bits(node.scale), 12: self.fast})
             case LinearResidual():
                 self._row(_LINEAR_RESIDUAL, self._linear(node.linear))
             case NormLinearAct():

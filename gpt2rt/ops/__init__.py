@@ -14,6 +14,7 @@ from .penalties import count_tokens, penalties, reset_counts
 from .quantized import has_kernel, pack_quantized, packed_quantized_bytes, quantized_linear
 from .sampling import MAX_SCORES, WEIGHT_UNIT, argmax, sample, sampling_weights, uniforms
 from .step import CPU_ISAS, MAX_TOP, cpu_isa, cpu_isa_limit, cpu_step, cpu_step_workspace_bytes
+from .step_attention import step_attention
 
 __all__ = [
     "CPU_ISAS",
@@ -59,6 +60,7 @@ __all__ = [
     "reset_counts",
     "sample",
     "sampling_weights",
+    "step_attention",
     "uniforms",
     "unpack_linear",
     "write_kv",

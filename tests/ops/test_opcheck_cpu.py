@@ -34,6 +34,8 @@ def cache_cases():
     yield OPS.write_kv, (key, value, key_cache, value_cache, torch.tensor([3, -1, 17, 5, 63]))
     starts = torch.tensor([0, 4, 5], dtype=torch.int32)
     yield OPS.paged_prefill_attention, (query, key_cache, value_cache, table, lens, starts, 4, 0.3)
+    caches = key_cache.bfloat16(), value_cache.bfloat16()
+    yield OPS.step_attention, (query, *caches, table, lens, starts, 0.3)
     yield OPS.paged_decode_attention, (query[:2], key_cache, value_cache, table, lens, 32, 0.3)
 
 

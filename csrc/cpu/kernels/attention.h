@@ -380,23 +380,21 @@ void attention_split(const AttentionArgs& args, const AttentionScratch& s, int64
   }
 }
 
-// all splits of the tile, merged, or the one that is asked for, which goes to memory
-template <typename T>
-void attention_tile(const AttentionArgs& args) {
-  AttentionScratch s = attention_scratch(args.scratch, args.head_dim);
-  load_queries(args, s);
-  for (int64_t i = 0; i < kGroup * s.ld; ++i) s.values[i] = 0.0f;
+// all splits of the tile, merged, or the one that is asked for, which goes to memory; split(begin) computes one into
+// the partials of s
+template <typename Split>
+inline void attention_tile(const AttentionArgs& args, AttentionScratch& s, Split split) {
   if (args.split >= 0) {
     const AttentionPartial out = attention_partial(args, args.split);
     s.partial = out.rows;
     s.partial_max = out.max;
     s.partial_sum = out.sum;
-    attention_split<T>(args, s, args.split * kSplit);
+    split(args.split * kSplit);
     return;
   }
   const int64_t end = args.first_position + args.rows;
   for (int64_t begin = 0; begin < end; begin += kSplit) {
-    attention_split<T>(args, s, begin);
+    split(begin);
     for (int64_t r = begin > args.first_position ? begin - args.first_position : 0; r < args.rows; ++r) {
       float* total = s.total + r * s.ld;
       const float* partial = s.partial + r * s.ld;
@@ -413,7 +411,12 @@ void attention_tile(const AttentionArgs& args) {
 }
 
 void attention(const AttentionArgs& args) {
-  with_cache_type(args.cache_dtype, [&](auto t) { attention_tile<decltype(t)>(args); });
+  AttentionScratch s = attention_scratch(args.scratch, args.head_dim);
+  load_queries(args, s);
+  for (int64_t i = 0; i < kGroup * s.ld; ++i) s.values[i] = 0.0f;
+  with_cache_type(args.cache_dtype, [&](auto t) {
+    attention_tile(args, s, [&](int64_t begin) { attention_split<decltype(t)>(args, s, begin); });
+  });
 }
 
 // the splits of a tile that lie in memory, merged in their order

@@ -35,6 +35,7 @@
       .gemm_int8 = GPT2RT_ISA::gemm_int8,                               \
       .quantize_head = GPT2RT_ISA::quantize_head_any,                   \
       .attention = GPT2RT_ISA::attention,                               \
+      .attention_bfloat16 = nullptr,                                    \
       .attention_merge = GPT2RT_ISA::attention_merge,                   \
       .attention_scratch_floats = GPT2RT_ISA::attention_scratch_floats, \
       .block_maxima = GPT2RT_ISA::block_maxima,                         \
