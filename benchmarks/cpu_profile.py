@@ -68,7 +68,7 @@ def profile_step(executor, num_rows: int, past: int, num_tokens: int) -> list[di
     plan = executor.plan
     room = num_rows * (past + num_tokens + 32)
     sizes = {"n_layer": plan.n_layer, "n_head": plan.n_head, "head_dim": plan.head_dim}
-    cache = PagedKVCache(**sizes, num_blocks=-(-room // 16) + num_rows, dtype=plan.dtype)
+    cache = PagedKVCache(**sizes, num_blocks=-(-room // 16) + num_rows, dtype=executor.cache_dtype)
     sequences = [Sequence(cache) for _ in range(num_rows)]
     ids = [(7919 * i + 13) % plan.vocab_size for i in range(max(past, num_tokens))]
     if past:

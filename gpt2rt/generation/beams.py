@@ -413,7 +413,7 @@ def _make_cache(plan: DecodePlan) -> PagedKVCache:
         shared = begin // BLOCK_SIZE if plan.use_cache else 0
         num_blocks += shared + plan.num_beams * (-(-max(begin, end) // BLOCK_SIZE) - shared)
     return new_cache(
-        plan.executor.plan,
+        plan.executor,
         num_blocks,
         f"{len(plan.prompts)} prompts with num_beams={plan.num_beams}",
         "ask for fewer beams or fewer new tokens",

@@ -85,7 +85,7 @@ def check_cache_length(config: GenerationConfig, lengths: Sequence[int]) -> None
 
 
 def kv_cache_dtype(config: GenerationConfig, executor: Executor) -> torch.dtype | None:
-    """What keys and values are stored in; None: the model's dtype.
+    """What keys and values are stored in; None: what suits the executor, its ``cache_dtype``.
 
     Args:
         config: of the call.

@@ -177,7 +177,7 @@ class Draft:
         self._confidence = speculation.confidence
         self._n_positions = speculation.draft.plan.n_positions
         limits = [min(row.max_length, self._n_positions) for row in rows]
-        self._cached = CachedRows(speculation.draft, make_cache(plan, speculation.draft.plan), limits)
+        self._cached = CachedRows(speculation.draft, make_cache(plan, speculation.draft), limits)
 
     def propose(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
         """As :class:`CandidateSource` says.

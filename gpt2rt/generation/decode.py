@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpt2rt.cache import PagedKVCache
-from gpt2rt.graph import Executor, Plan
+from gpt2rt.graph import Executor
 
 from .batch import Best, CachedRows, Chosen
 from .choice import Chooser
@@ -103,7 +103,7 @@ class DecodePlan:
         length_penalty, early_stopping: see :class:`BeamSearch`.
         remove_invalid_values: NaN and infinity in the logits are no error, for a processor takes them out.
         output_past: return keys and values.
-        kv_cache_dtype: what keys and values are stored in; None: the model's dtype.
+        kv_cache_dtype: what keys and values are stored in; None: the executor's ``cache_dtype``.
     """
 
     executor: Executor
@@ -189,17 +189,18 @@ def make_rows(plan: DecodePlan) -> list[Row]:
     return rows
 
 
-def make_cache(plan: DecodePlan, model: Plan | None = None) -> PagedKVCache:
+def make_cache(plan: DecodePlan, executor: Executor | None = None) -> PagedKVCache:
     """A cache that holds all rows of a plan at their full length.
 
     Args:
         plan: the rows.
-        model: whose keys and values are kept; None: the plan's own model.
+        executor: whose keys and values are kept; None: the plan's own.
 
     Raises:
         RequestError: it would not fit into this machine's memory.
     """
-    model = model or plan.executor.plan
+    executor = executor or plan.executor
+    model = executor.plan
     num_blocks = 0
     for prompt, limit, length in zip(plan.prompts, plan.max_lengths, cache_lengths(plan), strict=True):
         slides = limit > model.n_positions + 1
@@ -211,7 +212,7 @@ def make_cache(plan: DecodePlan, model: Plan | None = None) -> PagedKVCache:
         # the prompt's own partial block lives on beside the copies until its first row writes to it
         num_blocks += 1
     return new_cache(
-        model,
+        executor,
         num_blocks,
         f"{len(plan.prompts)} prompts with num_return_sequences={plan.num_return_sequences}",
         "ask for fewer or shorter rows",

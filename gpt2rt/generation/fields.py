@@ -125,7 +125,7 @@ MEANINGS: dict[str, str] = {
     "use_cache": "False recomputes the whole row for every token.",
     "cache_implementation": "All mean the paged cache, 'quantized' in int8; offloaded ones are refused.",
     "cache_config": "With 'quantized': {'nbits': 8}, or None for the same; other settings are refused.",
-    "kv_cache_dtype": "What keys and values are stored in: 'auto', the model's dtype, or a name; gpt2rt's own.",
+    "kv_cache_dtype": "What keys and values are stored in: 'auto' or a name; gpt2rt's own.",
     "max_cache_len": "The most tokens of a row in the cache, with cache_implementation='static'.",
     "prefill_chunk_size": "The most tokens of a prompt in one step; the numbers do not change.",
     "low_memory": "Without effect: beams share blocks, so there is nothing to save.",

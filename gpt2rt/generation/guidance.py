@@ -161,7 +161,7 @@ class GuidanceProcessor(LogitsProcessor):
             self._keep({})
             self._capacity = max(count, self._num_rows)
             self._cache = new_cache(
-                self._executor.plan,
+                self._executor,
                 self._capacity * -(-self._max_tokens // BLOCK_SIZE),
                 f"the unconditional branches of {self._capacity} rows",
                 "ask for fewer or shorter rows",

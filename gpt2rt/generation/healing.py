@@ -67,7 +67,7 @@ def heal_prompts(executor: Executor, prompts: ListLike[ListLike[int]], tokenizer
             f"a prompt has {longest + 1} tokens, but the model has n_positions={plan.n_positions}; shorten it"
         )
     num_blocks = sum(-(-len(text) // BLOCK_SIZE) for text in texts)
-    cache = new_cache(plan, num_blocks, f"{len(texts)} prompts", "ask for fewer or shorter rows")
+    cache = new_cache(executor, num_blocks, f"{len(texts)} prompts", "ask for fewer or shorter rows")
     logits = compute(executor, cache, texts, [Sequence(cache) for _ in texts])
     for row, (index, extensions) in enumerate(choices.items()):
         scores = logits[row].clone()

@@ -48,6 +48,7 @@ class ModuleExecutor:
             dtype=model.dtype,
             device=weight.device,
         )
+        self.cache_dtype = self.plan.dtype
 
     def with_positions(self, wpe: Tensor) -> ModuleExecutor:
         """Refused: another table would change the caller's model."""

@@ -8,12 +8,14 @@ import torch
 
 from gpt2rt.cache import SCALED_DTYPES, PagedKVCache
 from gpt2rt.errors import RequestError
-from gpt2rt.graph import Plan
+from gpt2rt.graph import Executor
 
 from .starts import BLOCK_SIZE
 
 
-def new_cache(model: Plan, num_blocks: int, who: str, remedy: str, dtype: torch.dtype | None = None) -> PagedKVCache:
+def new_cache(
+    executor: Executor, num_blocks: int, who: str, remedy: str, dtype: torch.dtype | None = None
+) -> PagedKVCache:
     """A cache of at least so many blocks for a model.
 
     On a CUDA device their number is rounded up, by at most a quarter: calls of about the same size then get caches of
@@ -21,16 +23,16 @@ def new_cache(model: Plan, num_blocks: int, who: str, remedy: str, dtype: torch.
     does not fit, the exact one is taken.
 
     Args:
-        model: whose keys and values go there.
+        executor: whose keys and values go there.
         num_blocks: blocks of 16 tokens.
         who: what needs it, for the message.
         remedy: what to do if it is too large, for the message.
-        dtype: what they are stored in; None: the model's dtype.
+        dtype: what they are stored in; None: the executor's ``cache_dtype``.
 
     Raises:
         RequestError: it would not fit into this machine's memory, or does not fit into what of the device's is free.
     """
-    dtype = dtype or model.dtype
+    model, dtype = executor.plan, dtype or executor.cache_dtype
     # an 8-bit head has a scale of 4 bytes
     head_bytes = model.head_dim * dtype.itemsize + (4 if dtype in SCALED_DTYPES else 0)
     block_bytes = BLOCK_SIZE * model.n_layer * 2 * model.n_head * head_bytes

@@ -145,7 +145,7 @@ def _score_windows(
     plan = executor.plan
     lengths = [window.stop - window.start for window in windows]
     cache = new_cache(
-        plan,
+        executor,
         sum(-(-length // BLOCK_SIZE) for length in lengths),
         f"windows of {sum(lengths)} tokens together",
         "lower batch_size or max_length",

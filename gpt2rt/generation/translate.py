@@ -42,7 +42,7 @@ class TranslatedDraft:
         self._n_positions = model.n_positions
         self._vocab_size, self._draft_vocab_size = vocab_size, model.vocab_size
         cache = new_cache(
-            model,
+            speculation.draft,
             len(rows) * -(-model.n_positions // BLOCK_SIZE),
             f"{len(rows)} rows of the assistant model",
             "ask for fewer",

@@ -139,6 +139,22 @@ def default_arithmetic() -> str:
     return value
 
 
+def default_cache_dtype(plan: Plan, arithmetic: str) -> torch.dtype:
+    """What keys and values are stored in unless the caller says otherwise.
+
+    The plan's dtype; but bfloat16 where every matrix of the layers is int8 or int4 with int8 activations, the
+    arithmetic is fast and the processor has bfloat16 dot products. There activations are rounded to 8 bits anyway, and
+    attention reads half as much and computes with products of bfloat16.
+    """
+    linears = [node.linear for node in plan.nodes if isinstance(node, NormQKV | LinearResidual | NormLinearAct)]
+    rounded = bool(linears) and all(
+        isinstance(linear.weight, QuantizedWeight) and linear.weight.activations == "int8" for linear in linears
+    )
+    if rounded and arithmetic == "fast" and ops.has_bfloat16_products():
+        return torch.bfloat16
+    return plan.dtype
+
+
 class _Encoder:
     """Lays a plan out: first every offset, then one allocation, then the packing."""
 
@@ -289,6 +305,7 @@ class CpuExecutor:
 
     Attributes:
         arithmetic: which one.
+        cache_dtype: what keys and values are best stored in, see :func:`default_cache_dtype`.
 
     Raises:
         ValueError: this executor cannot run the plan (see :func:`unsupported`), ``num_threads`` is negative, or
@@ -309,6 +326,7 @@ class CpuExecutor:
         self.plan = plan
         self.num_threads = num_threads
         self.arithmetic = arithmetic or default_arithmetic()
+        self.cache_dtype = default_cache_dtype(plan, self.arithmetic)
         encoder = _Encoder(plan, self.arithmetic)
         self._table = encoder.table()
         self._arena = encoder.arena(plan)

@@ -81,6 +81,7 @@ class CudaExecutor:
 
     Attributes:
         batch_invariant, pdl: what was chosen.
+        cache_dtype: what keys and values are stored in unless the caller says otherwise: the plan's dtype.
         chain: the launches of a step.
         graphs: those that were captured, and why not if none are.
         lock: held while launches of this executor are queued.
@@ -104,6 +105,7 @@ class CudaExecutor:
         if batch_invariant is None:
             batch_invariant = os.environ.get("GPT2RT_BATCH_INVARIANT", "0") not in ("", "0")
         self.plan = plan
+        self.cache_dtype = plan.dtype
         self.batch_invariant = batch_invariant
         self.pdl = pdl_supported(plan.device) if pdl is None else pdl
         self.chain = Chain(plan, batch_invariant=batch_invariant, pdl=self.pdl)

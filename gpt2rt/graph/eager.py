@@ -36,6 +36,7 @@ class EagerExecutor:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.cache_dtype = plan.dtype
 
     def with_positions(self, wpe: Tensor) -> EagerExecutor:
         """An executor with another position table [n_positions, n_embd]; all other weights are shared."""

@@ -25,10 +25,12 @@ class Executor(Protocol):
     Attributes:
         name: "eager", "cpu" or "cuda".
         plan: what it runs.
+        cache_dtype: what keys and values are best stored in; it takes caches of other dtypes, too.
     """
 
     name: str
     plan: Plan
+    cache_dtype: torch.dtype
 
     def step(self, batch: StepBatch, cache: PagedKVCache, *, return_hidden: bool = False) -> StepOutput:
         """Run one step: write the new tokens' keys and values to ``cache``, return the rows asked for."""

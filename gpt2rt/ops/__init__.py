@@ -13,7 +13,7 @@ from .packed import WEIGHT_FORMATS, packed_linear, unpack_linear
 from .penalties import count_tokens, penalties, reset_counts
 from .quantized import has_kernel, pack_quantized, packed_quantized_bytes, quantized_linear
 from .sampling import MAX_SCORES, WEIGHT_UNIT, argmax, sample, sampling_weights, uniforms
-from .step import CPU_ISAS, MAX_TOP, cpu_isa, cpu_isa_limit, cpu_step, cpu_step_workspace_bytes
+from .step import CPU_ISAS, MAX_TOP, cpu_isa, cpu_isa_limit, cpu_step, cpu_step_workspace_bytes, has_bfloat16_products
 from .step_attention import step_attention
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "embedding",
     "extension_status",
     "fingerprint",
+    "has_bfloat16_products",
     "has_kernel",
     "layer_norm",
     "linear",

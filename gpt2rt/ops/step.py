@@ -84,6 +84,15 @@ def cpu_isa() -> str:
     return _cpu_isa()
 
 
+def has_bfloat16_products() -> bool:
+    """Whether the C++ kernels multiply pairs of bfloat16 in one instruction.
+
+    Raises:
+        RuntimeError: as :func:`cpu_isa`.
+    """
+    return CPU_ISAS.index(cpu_isa()) >= CPU_ISAS.index("avx512_bf16")
+
+
 def cpu_isa_limit() -> str:
     """Why :func:`cpu_isa` is not a higher level, a sentence; empty for the highest one.
 

@@ -9,12 +9,13 @@ from gpt2rt import GPT2Config, GPT2LMHeadModel
 from gpt2rt.errors import RequestError
 from gpt2rt.generation import reserve
 from gpt2rt.generation.reserve import new_cache, rounded
+from gpt2rt.graph import make_executor
 
 
 @pytest.fixture
-def plan():
+def executor():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11, bos_token_id=0, eos_token_id=0))
-    return model.eval().build_graph()
+    return make_executor(model.eval().build_graph(), "eager")
 
 
 def test_rounding():
@@ -25,8 +26,12 @@ def test_rounding():
     assert len({rounded(count) for count in range(1, 5000)}) < 40
 
 
-def test_a_cpu_cache_is_exact(plan):
-    assert new_cache(plan, 5, "5 rows", "ask for fewer").pool.num_blocks == 5
+def test_a_cpu_cache_is_exact(executor):
+    assert new_cache(executor, 5, "5 rows", "ask for fewer").pool.num_blocks == 5
+
+
+def on_gpu(executor):
+    executor.plan = dataclasses.replace(executor.plan, device=torch.device("cuda:0"))
 
 
 class Device:
@@ -47,17 +52,17 @@ class Device:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 10**9, 2**40))
 
 
-def test_a_gpu_cache_is_rounded_up_where_that_fits(plan, monkeypatch):
-    plan = dataclasses.replace(plan, device=torch.device("cuda:0"))
+def test_a_gpu_cache_is_rounded_up_where_that_fits(executor, monkeypatch):
+    on_gpu(executor)
     device = Device(monkeypatch, 100)
-    assert new_cache(plan, 70, "70 rows", "ask for fewer").pool.num_blocks == 80
-    assert new_cache(plan, 99, "99 rows", "ask for fewer").pool.num_blocks == 99
+    assert new_cache(executor, 70, "70 rows", "ask for fewer").pool.num_blocks == 80
+    assert new_cache(executor, 99, "99 rows", "ask for fewer").pool.num_blocks == 99
     assert device.tried == [80, 112, 99]
 
 
-def test_out_of_memory_is_one_request_s_error(plan, monkeypatch):
-    plan = dataclasses.replace(plan, device=torch.device("cuda:0"))
+def test_out_of_memory_is_one_request_s_error(executor, monkeypatch):
+    on_gpu(executor)
     device = Device(monkeypatch, 100)
     with pytest.raises(RequestError, match=r"200 rows need up to 0\.0 GB of KV cache.*only 3\.0 GB are free; ask for"):
-        new_cache(plan, 200, "200 rows", "ask for fewer")
+        new_cache(executor, 200, "200 rows", "ask for fewer")
     assert device.tried == [224, 200]
