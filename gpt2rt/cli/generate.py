@@ -78,7 +78,7 @@ def command(
         str | None,
         typer.Option(
             help="What keys and values are stored in: float32, bfloat16, float16, int8 or float8.",
-            show_default="the model's",
+            show_default="auto",
         ),
     ] = None,
     settings: Annotated[

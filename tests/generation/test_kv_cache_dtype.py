@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpt2rt import GPT2LMHeadModel, GPT2Tokenizer, ops
+from gpt2rt import GPT2LMHeadModel, GPT2Tokenizer, QuantizationConfig, ops, quantize_model
 from gpt2rt.cache import PagedKVCache, Sequence
 from gpt2rt.errors import RequestError
 from gpt2rt.generation import GenerationConfig, reserve
@@ -80,6 +80,40 @@ def test_auto_is_the_models_own(make_model, caches):
     assert torch.equal(make_model().generate(ids, max_new_tokens=5, kv_cache_dtype="float32"), plain)
     make_model().bfloat16().generate(ids, max_new_tokens=5)
     assert [cache.data.dtype for cache in caches] == [torch.float32] * 3 + [torch.bfloat16]
+
+
+@needs_cpp
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+def test_auto_of_a_quantised_model(make_model, caches, scheme):
+    """bfloat16 where the cpu executor rounds activations and computes with it; a name always wins."""
+    config = QuantizationConfig(scheme)
+    model = quantize_model(make_model(n_embd=64, n_head=2), config, progress=False)
+    rounded = scheme != "nf4" and ops.has_bfloat16_products()
+    own = torch.bfloat16 if rounded else torch.float32
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(PROMPTS, **settings)
+    named = model.generate(PROMPTS, kv_cache_dtype=str(own).removeprefix("torch."), **settings)
+    assert torch.equal(plain, named)
+    model.generate(PROMPTS, kv_cache_dtype="float32", **settings)
+    assert [cache.data.dtype for cache in caches] == [own, own, torch.float32]
+    assert model.generation_executor().cache_dtype == own
+    # beams, guidance, scoring and drafts take the same
+    model.generate(PROMPTS, max_new_tokens=2, num_beams=2)
+    model.generate([PROMPTS[1]], max_new_tokens=2, guidance_scale=1.5)
+    drafted = model.generate([PROMPTS[1]], assistant_model=model, **settings)
+    assert torch.equal(drafted[0], plain[1, : drafted.size(1)])
+    assert {cache.data.dtype for cache in caches[3:]} == {own}
+    model.generation_executor("eager")
+    model.generate(PROMPTS, max_new_tokens=2)
+    assert caches[-1].data.dtype == torch.float32
+
+
+@needs_cpp
+def test_exact_arithmetic_keeps_float32(make_model, caches, monkeypatch):
+    monkeypatch.setenv("GPT2RT_CPU_ARITHMETIC", "exact")
+    model = quantize_model(make_model(n_embd=64, n_head=2), QuantizationConfig("int8"), progress=False)
+    model.generate(PROMPTS, max_new_tokens=2)
+    assert [cache.data.dtype for cache in caches] == [torch.float32]
 
 
 def test_the_quantized_cache_of_transformers(make_model, caches):

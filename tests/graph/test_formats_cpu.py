@@ -82,15 +82,15 @@ def as_float32(plan):
     return dataclasses.replace(plan, nodes=tuple(widen(node) for node in plan.nodes), dtype=torch.float32)
 
 
-def new_cache(plan):
-    cache = PagedKVCache(plan.n_layer, plan.n_head, plan.head_dim, 64, dtype=torch.float32)
+def new_cache(plan, dtype=torch.float32):
+    cache = PagedKVCache(plan.n_layer, plan.n_head, plan.head_dim, 64, dtype=dtype)
     cache.data.fill_(float("nan"))
     return cache
 
 
-def run(executor, prompts, chunk=None):
+def run(executor, prompts, chunk=None, cache_dtype=torch.float32):
     """Logits of every token of every prompt, in one step or in chunks of the prompts."""
-    cache = new_cache(executor.plan)
+    cache = new_cache(executor.plan, cache_dtype)
     sequences = [Sequence(cache) for _ in prompts]
     pieces = [[] for _ in prompts]
     longest = max(map(len, prompts))
@@ -140,6 +140,49 @@ def test_the_eager_executor_agrees(name):
     got = run(CpuExecutor(plan), [prompt(21)])[0]
     # both quantise activations alike, but a rounding may fall the other way
     assert float((got - expected).norm() / expected.norm()) < (2e-5 if name == "nf4" else 5e-3)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_keys_and_values_are_stored_in(name):
+    """Of each executor: the plan's dtype, but for integers in fast arithmetic where there is the instruction."""
+    plan = new_plan("even", name)
+    rounded = name.startswith("int") and ops.has_bfloat16_products()
+    assert CpuExecutor(plan, arithmetic="fast").cache_dtype == (torch.bfloat16 if rounded else plan.dtype)
+    assert CpuExecutor(plan, arithmetic="exact").cache_dtype == plan.dtype
+    assert make_executor(plan, "eager").cache_dtype == plan.dtype
+
+
+def test_one_layer_with_float_activations_keeps_the_plans_dtype():
+    changed = 0
+
+    def change(weight):
+        nonlocal changed
+        changed += 1
+        quantized = quantised(weight, "int8")
+        # the table is the first
+        return dataclasses.replace(quantized, activations="float32") if changed == 3 else quantized
+
+    assert CpuExecutor(map_weights(new_plan("even", "float32"), change)).cache_dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "int4-g64"])
+def test_a_bfloat16_cache_is_near_and_its_bits_do_not_depend_on_company(shape, name):
+    plan = new_plan(shape, name)
+    executor = CpuExecutor(plan, num_threads=1)
+    first = prompt(280)
+    alone = run(executor, [first], cache_dtype=torch.bfloat16)[0]
+    full = run(executor, [first])[0]
+    assert 1e-4 < float((alone - full).norm() / full.norm()) < 0.02
+    company = [prompt(9, 1), first, *(prompt(5, s) for s in range(2, 9))]
+    assert torch.equal(run(executor, company, cache_dtype=torch.bfloat16)[1], alone)
+    for chunk, threads in ((1, 1), (7, 2), (64, 3), (100, 1)):
+        other = CpuExecutor(plan, num_threads=threads)
+        assert torch.equal(run(other, [first], chunk, torch.bfloat16)[0], alone), f"chunks of {chunk}"
+    # in exact arithmetic only the rounding of keys and values is left
+    exact = CpuExecutor(plan, arithmetic="exact")
+    error = float((run(exact, [first], cache_dtype=torch.bfloat16)[0] - run(exact, [first])[0]).norm() / full.norm())
+    assert 1e-4 < error < 0.02
 
 
 @pytest.mark.parametrize("shape", SHAPES)
