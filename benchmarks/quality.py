@@ -10,7 +10,8 @@ layers' matrices with their scales; embedding and head are int8 unless said othe
 Perplexity alone says little of a small model that knows its training text too well: noise in its weights can make it
 better on other text. So each format is compared with float32 too: the mean Kullback-Leibler divergence of its
 next-token distribution from that of float32, in millinats a token, and the share of positions where both prefer the
-same token.
+same token. Both are taken from what ``generate`` runs; a format named with a cache stores keys and values in that dtype
+instead of ``generate``'s own choice.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def formats() -> dict[str, dict]:
-    """Name of each format, and ``dtype`` to load or the fields of a QuantizationConfig."""
+    """Name of each format: ``dtype`` to load, or the fields of a QuantizationConfig and maybe the ``cache``'s dtype."""
     rows: dict[str, dict] = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}}
     rows["int8"] = {"scheme": "int8"}
+    rows["int8, float32 cache"] = {"scheme": "int8", "cache": "float32"}
+    rows["int8, int8 cache"] = {"scheme": "int8", "cache": "int8"}
     rows["int8, exact activations"] = {"scheme": "int8", "activations": "float32"}
     for size in (32, 64, 128):
         for method in ("rtn", "gptq"):
@@ -75,10 +78,26 @@ def load(fields: dict, calibration: str, tokenizer):
 
     if "dtype" in fields:
         return GPT2LMHeadModel.from_pretrained(MODEL, dtype=getattr(torch, fields["dtype"]))
+    cache = fields.pop("cache", None)
     config = QuantizationConfig(**fields)
     model = GPT2LMHeadModel.from_pretrained(MODEL, dtype=torch.float32)
     with_text = {"calibration": [calibration], "tokenizer": tokenizer} if config.method == "gptq" else {}
-    return quantize_model(model, config, progress=False, **with_text)
+    model = quantize_model(model, config, progress=False, **with_text)
+    if cache is not None:
+        model.generation_executor().cache_dtype = getattr(torch, cache)
+    return model
+
+
+def logits(model, ids: list[int]):
+    """[len(ids), vocab_size] float32, computed as ``generate`` does it."""
+    from gpt2rt.cache import PagedKVCache, Sequence
+    from gpt2rt.graph import StepBatch
+
+    executor = model.generation_executor()
+    plan = executor.plan
+    num_blocks = -(-len(ids) // 16)
+    cache = PagedKVCache(plan.n_layer, plan.n_head, plan.head_dim, num_blocks, dtype=executor.cache_dtype)
+    return executor.step(StepBatch.build([ids], [Sequence(cache)], all_logits=True), cache).logits
 
 
 def divergence(reference, model, ids: list[int]) -> tuple[float, float]:
@@ -87,15 +106,12 @@ def divergence(reference, model, ids: list[int]) -> tuple[float, float]:
     Returns:
         Mean of KL(reference || model) in nats a token, and the share of positions with the same likeliest token.
     """
-    import torch
-
     total, same = 0.0, 0
     window = reference.config.n_positions
     for begin in range(0, len(ids), window):
-        rows = torch.tensor([ids[begin : begin + window]])
-        with torch.no_grad():
-            expected = reference(rows).logits.log_softmax(-1)
-            found = model(rows).logits.float().log_softmax(-1)
+        rows = ids[begin : begin + window]
+        expected = logits(reference, rows).log_softmax(-1)
+        found = logits(model, rows).log_softmax(-1)
         total += (expected.exp() * (expected - found)).sum().item()
         same += (expected.argmax(-1) == found.argmax(-1)).sum().item()
     return total / len(ids), same / len(ids)
