@@ -18,14 +18,26 @@ NUMERICAL = [
     "test_packed_linear_cpu.py",
     "test_attention_cpu.py",
     "test_attention_int8_cpu.py",
+    "test_step_attention_cpu.py",
     "test_cpu_step.py",
 ]
 # from the best down
 ISAS = list(reversed(ops.CPU_ISAS)) if platform.machine() == "x86_64" else ["portable"]
 # a level that replaces a few kernels of the one below is tested where they run
 FILES = {
-    "amx": ["test_linear_cpu.py", "test_quantized_linear_cpu.py", "test_packed_linear_cpu.py", "test_cpu_step.py"],
-    "avx512_bf16": ["test_linear_cpu.py", "test_packed_linear_cpu.py", "test_cpu_step.py"],
+    "amx": [
+        "test_linear_cpu.py",
+        "test_quantized_linear_cpu.py",
+        "test_packed_linear_cpu.py",
+        "test_step_attention_cpu.py",
+        "test_cpu_step.py",
+    ],
+    "avx512_bf16": [
+        "test_linear_cpu.py",
+        "test_packed_linear_cpu.py",
+        "test_step_attention_cpu.py",
+        "test_cpu_step.py",
+    ],
     "avx512_vnni": ["test_quantized_linear_cpu.py", "test_packed_linear_cpu.py"],
 }
 

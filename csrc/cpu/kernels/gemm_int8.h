@@ -17,7 +17,7 @@ constexpr int64_t kIntTileRows = 48;
 // rows from which a group of int4 is unpacked once, and the largest such group: 16 KiB of bytes
 constexpr int64_t kUnpackRows = 13;
 constexpr int64_t kUnpackedGroup = 256;
-// bytes that int8 codes are fetched ahead, to L2, for two blocks of rows: on Zen 4 8 rows read 40 GB/s so and 31 GB/s
+// bytes that int8 codes are fetched ahead, to L2, for two blocks of rows: on Zen 4 8 rows read 41 GB/s so and 36 GB/s
 // with kCodesAhead to L1. Three blocks, and int4, which has more to compute for each byte, are slower for it.
 constexpr int64_t kFarAhead = 8192;
 // bytes of a panel between one step of four (int4: eight) elements of k and the next
