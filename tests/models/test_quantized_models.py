@@ -90,6 +90,10 @@ def test_logits_are_those_of_the_definition(quantized, form, kind):
         assert 1e-5 < error < 0.1 * plain.abs().max().item()
 
 
+# greedy tokens with keys and values in float32, as forward has them: generate would round them with int8 activations
+AS_FORWARD = {"do_sample": False, "eos_token_id": None, "kv_cache_dtype": "float32"}
+
+
 @pytest.mark.parametrize("kind", [GPT2LMHeadModel, OpenAIGPTLMHeadModel])
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_graph_computes_what_forward_does(quantized, monkeypatch, form, kind):
@@ -112,7 +116,7 @@ def test_the_graph_computes_what_forward_does(quantized, monkeypatch, form, kind
     expected = greedy(model, prompt, 12)
     for name in ("cpu", "eager", "modules"):
         model.generation_executor(name)
-        found = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        found = model.generate(prompt, max_new_tokens=12, **AS_FORWARD)
         assert torch.equal(found, expected), name
 
 
@@ -375,16 +379,16 @@ def test_other_dtypes(quantized, dtype):
 def test_generation_notices_other_codes(quantized):
     model = quantized("int8", tie_word_embeddings=False)
     prompt = ids_for(model, 1)
-    first = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    first = model.generate(prompt, max_new_tokens=6, **AS_FORWARD)
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
         model.lm_head.weight_scales.copy_(model.lm_head.weight_scales.flip(0))
-    second = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    second = model.generate(prompt, max_new_tokens=6, **AS_FORWARD)
     assert not torch.equal(first, second)
     assert torch.equal(second, greedy(model, prompt, 6))
     # changes that torch does not count are seen too
     model.lm_head.weight.data.neg_()
-    third = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    third = model.generate(prompt, max_new_tokens=6, **AS_FORWARD)
     assert torch.equal(third, greedy(model, prompt, 6))
     assert not torch.equal(second, third)
 
@@ -394,12 +398,10 @@ def test_a_hook_on_a_quantised_layer_is_seen_by_generate(quantized):
     prompt = ids_for(model, 1)
     handle = model.transformer.h[1].mlp.c_fc.register_forward_hook(lambda module, x, y: y * 0.0)
     with pytest.warns(UserWarning, match=r"h.1.mlp.c_fc has hooks"):
-        hooked = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        hooked = model.generate(prompt, max_new_tokens=6, **AS_FORWARD)
     assert torch.equal(hooked, greedy(model, prompt, 6))
     handle.remove()
-    assert torch.equal(
-        model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None), greedy(model, prompt, 6)
-    )
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, **AS_FORWARD), greedy(model, prompt, 6))
 
 
 def test_both_executors_take_the_plan(quantized):
@@ -417,7 +419,7 @@ def test_generation_with_token_types_and_embeddings(quantized, monkeypatch, form
     model = quantized(form)
     ids = ids_for(model, 1, 6)
     types = torch.tensor([[5, 5, 5, 9, 9, 9]])
-    found = model.generate(ids, token_type_ids=types, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    found = model.generate(ids, token_type_ids=types, max_new_tokens=8, **AS_FORWARD)
     for _ in range(8):
         with torch.no_grad():
             logits = model(ids, token_type_ids=types).logits
@@ -426,5 +428,5 @@ def test_generation_with_token_types_and_embeddings(quantized, monkeypatch, form
     assert torch.equal(found, ids)
     prompt = ids_for(model, 1, 6)
     embeds = model.get_input_embeddings()(prompt)
-    given = model.generate(inputs_embeds=embeds, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    given = model.generate(inputs_embeds=embeds, max_new_tokens=8, **AS_FORWARD)
     assert torch.equal(given, greedy(model, prompt, 8)[:, 6:])
