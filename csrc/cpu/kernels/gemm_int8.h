@@ -61,16 +61,10 @@ struct IntGroup {
   const uint8_t* zeros;
 };
 
-// what is prefetched in each step: `lines` cache lines from `ahead` on, to L1, or far ones to L2
-struct Stream {
-  const char* ahead;
-  int lines;
-  bool far;
-};
-
-// totals += the group's products for kRows rows
-template <IntCodes kCodes, int kRows>
-[[gnu::noinline]] void add_group(const IntGroup& group, const IntRows& rows, Stream stream) {
+// totals += the group's products for kRows rows; in each step `lines` cache lines of the stream `ahead` are prefetched,
+// to L1, or with kFar to L2
+template <IntCodes kCodes, bool kFar, int kRows>
+[[gnu::noinline]] void add_group(const IntGroup& group, const IntRows& rows, const char* ahead, int lines) {
   constexpr bool kPairs4 = kCodes == IntCodes::kInt4 || kCodes == IntCodes::kInt4Zeros;
   constexpr bool kZeros = kCodes == IntCodes::kInt4Zeros || kCodes == IntCodes::kUnpackedZeros;
   constexpr int32_t kOffset = kCodes == IntCodes::kInt8 ? 128 : kZeros ? 0 : 8;
@@ -91,13 +85,7 @@ template <IntCodes kCodes, int kRows>
     const char* q = rows.x + rows.codes;
     for (int64_t s = 0; s < steps; ++s, codes += kStepBytes) {
       if (first == 0) {
-        for (int line = 0; line < stream.lines; ++line, stream.ahead += 64) {
-          if (kCodes == IntCodes::kInt8 && stream.far) {
-            prefetch_l2(stream.ahead);
-          } else {
-            prefetch(stream.ahead);
-          }
-        }
+        for (int line = 0; line < lines; ++line, ahead += 64) kFar ? prefetch_l2(ahead) : prefetch(ahead);
       }
 #pragma GCC unroll 2
       for (int half = 0; half < (kPairs4 ? 2 : 1); ++half, q += 4) {
@@ -133,20 +121,22 @@ template <IntCodes kCodes, int kRows>
   }
 }
 
-template <IntCodes kCodes, int kRows>
-inline void add_group_rows(int count, const IntGroup& group, const IntRows& rows, const Stream& stream) {
+template <IntCodes kCodes, bool kFar, int kRows>
+inline void add_group_rows(int count, const IntGroup& group, const IntRows& rows, const char* ahead, int lines) {
   if constexpr (kRows > 1) {
-    if (count < kRows) return add_group_rows<kCodes, kRows - 1>(count, group, rows, stream);
+    if (count < kRows) return add_group_rows<kCodes, kFar, kRows - 1>(count, group, rows, ahead, lines);
   }
-  add_group<kCodes, kRows>(group, rows, stream);
+  add_group<kCodes, kFar, kRows>(group, rows, ahead, lines);
 }
 
 // all rows of a tile, in blocks as even as possible; each block prefetches its share of the stream
-template <IntCodes kCodes>
+template <IntCodes kCodes, bool kFar = false>
 inline void add_group_tile(int64_t m, const IntGroup& group, IntRows rows) {
   const int64_t blocks = (m + kIntRows - 1) / kIntRows;
-  const bool far = kCodes == IntCodes::kInt8 && blocks == 2;
-  const char* ahead = reinterpret_cast<const char*>(group.codes) + (far ? kFarAhead : kCodesAhead);
+  if constexpr (kCodes == IntCodes::kInt8 && !kFar) {
+    if (blocks == 2) return add_group_tile<kCodes, true>(m, group, rows);
+  }
+  const char* ahead = reinterpret_cast<const char*>(group.codes) + (kFar ? kFarAhead : kCodesAhead);
   constexpr bool kFromMemory = kCodes != IntCodes::kUnpacked && kCodes != IntCodes::kUnpackedZeros;
   // one block is so fast that the processor's own prefetching does better alone: one row of int4 3072 x 768 on Zen 4
   // with 2 MiB pages took 20 us instead of 24 us
@@ -154,7 +144,7 @@ inline void add_group_tile(int64_t m, const IntGroup& group, IntRows rows) {
   for (int64_t block = 0, row = 0; block < blocks; ++block) {
     const int64_t left = blocks - block;
     const int count = static_cast<int>((m - row + left - 1) / left);
-    add_group_rows<kCodes, kIntRows>(count, group, rows, {ahead, block < 4 ? lines : 0, far});
+    add_group_rows<kCodes, kFar, kIntRows>(count, group, rows, ahead, block < 4 ? lines : 0);
     ahead += group.steps * lines * 64;
     row += count;
     rows.x += count * rows.ldx;
