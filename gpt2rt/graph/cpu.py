@@ -1,10 +1,11 @@
 """The cpu executor: a plan as a table of numbers and one arena of packed weights, run by one C++ call a step.
 
-The residual stream, norms, attention and logits are float32 whatever the weights' format; keys and values are stored in
-the cache's dtype. Two arithmetics of the matrix products: "exact" multiplies float32 activations; "fast" takes what the
-format allows, bfloat16 activations with bfloat16 weights where the processor has the instruction, int8 ones with int8
-and int4 weights (unless the weight itself asks for float32). Results are bit-equal whatever the batch, its neighbours,
-the chunks of the prompt and the number of threads (csrc/step says how).
+The residual stream, norms, softmax and logits are float32 whatever the weights' format; keys and values are stored in
+the cache's dtype. Two arithmetics of the products: "exact" multiplies float32 activations; "fast" takes what the format
+allows: where the processor has the instruction, bfloat16 activations with bfloat16 weights, and bfloat16 queries and
+softmax weights with a bfloat16 cache; int8 activations with int8 and int4 weights (unless the weight itself asks for
+float32). Results are bit-equal whatever the batch, its neighbours, the chunks of the prompt and the number of threads
+(csrc/step says how).
 """
 
 from __future__ import annotations
