@@ -64,10 +64,10 @@ class GenerationConfig:
         seed: signed 64-bit; the same seed, prompt and settings give the same text. Unset, one is drawn from torch's
             global generator, so ``torch.manual_seed`` governs it.
         use_cache: False recomputes the whole row for every token.
-        kv_cache_dtype: what keys and values are stored in: "auto", the model's dtype, but bfloat16 where layers are int8
-            or int4 with int8 activations and the CPU has products of bfloat16; "float32", "bfloat16", "float16", "int8"
-            or "float8" (e4m3fn; not on the cpu executor). The 8-bit ones take a quarter of float32's memory and change
-            the numbers slightly.
+        kv_cache_dtype: what keys and values are stored in: "auto", the model's dtype, but bfloat16 where layers are
+            int8 or int4 with int8 activations and the CPU has products of bfloat16; "float32", "bfloat16", "float16",
+            "int8" or "float8" (e4m3fn; not on the cpu executor). The 8-bit ones take a quarter of float32's memory and
+            change the numbers slightly.
         eos_token_id: the end token or several; pad_token_id: fills rows that ended early (default: the first end
             token); bos_token_id: the prompt when none is given.
         context_policy: what happens when a row needs more than the model's ``n_positions``: "stop" ends it there,

@@ -275,9 +275,11 @@ def test_what_does_not_belong_to_the_plan_is_refused(name):
 
 def test_executors_are_chosen_by_name():
     plan = new_plan(new_model(**SMALL))
-    assert executor_names() == ("eager", "cpu")
-    with pytest.raises(ValueError, match="no executor 'gpu'; choose one of eager, cpu"):
+    assert executor_names() == ("eager", "cpu", "cuda")
+    with pytest.raises(ValueError, match="no executor 'gpu'; choose one of eager, cpu, cuda"):
         make_executor(plan, "gpu")
+    with pytest.raises(ValueError, match="the cuda executor cannot run this model: .*; use the eager executor"):
+        make_executor(plan, "cuda")
     if ops.extension_status().loaded:
         assert make_executor(plan).name == "cpu"
         with pytest.raises(ValueError, match="num_threads"):
