@@ -15,7 +15,11 @@ RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
 def _git(*arguments: str) -> str:
     root = pathlib.Path(__file__).resolve().parent
-    result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+    try:
+        result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+    except OSError:
+        # a machine without git
+        return ""
     return result.stdout.strip() if result.returncode == 0 else ""
 
 

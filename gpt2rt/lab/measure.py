@@ -11,7 +11,7 @@ from .problem import Place, Problem
 from .registry import OPERATIONS, Operation
 from .timing import Timer, describe
 
-OURS = ("C++", "Triton")
+OURS = ("C++", "Triton", "CUDA C++")
 
 
 def is_ours(form: str) -> bool:

@@ -104,8 +104,8 @@ class Problem:
     """One kernel at one size.
 
     Attributes:
-        forms: name -> call on a copy of the data, 0 to ``copies`` - 1. "Triton" and "C++" are gpt2rt's, also with a
-            variant behind a colon; the others are peers.
+        forms: name -> call on a copy of the data, 0 to ``copies`` - 1. "Triton", "C++" and "CUDA C++" are gpt2rt's,
+            also with a variant behind a colon; the others are peers.
         expected: the definition's results on copy 0, in float64 or integers.
         moved: bytes that a call must read and write.
         operations: multiplications and additions that count.

@@ -18,6 +18,9 @@ import torch
 
 Call = Callable[[int], Any]
 
+# threads of torch's CPU kernels spin for a while after their last work; so long nobody else is measured
+SETTLE_S = 0.02
+
 
 @dataclasses.dataclass
 class Times:
@@ -134,6 +137,8 @@ class Timer:
 
     def _once(self, prepared: _Prepared) -> float:
         if self.device.type != "cuda":
+            if self.warm:
+                time.sleep(SETTLE_S)
             start = time.perf_counter()
             prepared.run()
             return (time.perf_counter() - start) * 1e6 / prepared.count

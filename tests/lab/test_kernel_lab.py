@@ -174,6 +174,11 @@ def test_a_form_that_fails_only_when_timed_is_a_failure():
     assert not result["ok"]
 
 
+def test_whose_a_form_is():
+    assert all(is_ours(form) for form in ("C++", "Triton", "CUDA C++", "Triton: n8 w8"))
+    assert not any(is_ours(form) for form in ("torch", "torch, dense", "definition", "Tritonish"))
+
+
 def test_sizes_in_words():
     assert size_text({"rows": 8, "format": "int4"}) == "rows=8 format=int4"
 

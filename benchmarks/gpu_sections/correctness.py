@@ -1,0 +1,146 @@
+"""(a) Every kernel against its definition in float64; whole models against transformers in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2rt.lab.measure import measure, size_text
+from gpt2rt.lab.problem import Place
+from gpt2rt.lab.registry import OPERATIONS
+
+from .models import DTYPES, FORMATS, make_model, prefill_batch, random_cache
+from .session import Session
+
+#: tokens that are fed as a prompt, and one by one after it
+PROMPT, STEPS = 48, 16
+#: how much larger our largest error may be than that of transformers in the same dtype
+ALLOWED = 2.0
+
+
+def run(session: Session) -> None:
+    with torch.no_grad():
+        _kernels(session, "toy")
+        for name, formats, scale in _models(session):
+            for format in formats:
+                session.need(20)
+                with session.attempt(f"model {name} {format}"):
+                    _model(session, name, format, scale)
+        _embedded(session)
+        if not session.toy:
+            _kernels(session, "measured")
+
+
+def _kernels(session: Session, which: str) -> None:
+    """Toy sizes in every dtype (in one on a CPU), or the sizes that are measured in one."""
+    dtypes = list(DTYPES.values()) if which == "toy" and not session.dry else [session.dtype]
+    for operation in OPERATIONS.values():
+        for size in (operation.toy,) if which == "toy" else operation.sizes:
+            for dtype in dtypes:
+                session.need(5)
+                name = f"{operation.name} {size_text(size)} {str(dtype).removeprefix('torch.')}"
+                with session.attempt(name):
+                    result = measure(operation, size, Place(session.device, dtype))
+                    errors = {n: f["error"] for n, f in result["forms"].items()}
+                    failed = {n: f["failed"] for n, f in result["forms"].items() if f["failed"]}
+                    session.check(name, result["ok"], tolerance=result["tolerance"], errors=errors, failed=failed)
+
+
+def _models(session: Session) -> list[tuple[str, list[str], float]]:
+    if session.toy:
+        return [("toy", ["float16", "int4"], 8.0)]
+    return [("124M", list(FORMATS), 3.0), ("355M", ["float16", "int4"], 3.0), ("1.5B", ["float16"], 2.0)]
+
+
+def _reference(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """transformers' model with the very weights of ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    plain = model
+    if getattr(model, "quantization_scheme", None):
+        import copy
+
+        # the numbers that the codes stand for, not rounded again
+        plain = copy.deepcopy(model).dequantize(torch.float32)
+    config = plain.config.to_dict()
+    kind = "OpenAIGPT" if config["model_type"] == "openai-gpt" else "GPT2"
+    made = getattr(transformers, f"{kind}Config")(**config, attn_implementation="eager")
+    with torch.device(device):
+        reference = getattr(transformers, f"{kind}LMHeadModel")(made)
+    reference.load_state_dict(plain.state_dict(), strict=True)
+    return reference.to(device=device, dtype=dtype).eval()
+
+
+def _ours(executor: Any, ids: Tensor, prompt: int, dtype: torch.dtype) -> Tensor:
+    """Logits of every position: a prompt, then one token a step; [num_tokens, vocab_size] float32."""
+    plan = executor.plan
+    cache = random_cache(plan, 1, ids.numel(), dtype)
+    table = torch.randperm(cache.pool.num_blocks, device=ids.device).to(torch.int32)[None]
+    rows = [executor.step(prefill_batch(ids[:prompt], 0, table, all_logits=True), cache).logits]
+    for past in range(prompt, ids.numel()):
+        rows.append(executor.step(prefill_batch(ids[past : past + 1], past, table), cache).logits)
+    return torch.cat(rows)
+
+
+def _compare(session: Session, name: str, model: Any, ids: Tensor, prompt: int, peer_dtype: torch.dtype) -> None:
+    executor = model.generation_executor("cuda")
+    found = _ours(executor, ids, prompt, executor.plan.dtype).double()
+    wide = _reference(model, session.device, torch.float64)
+    expected = wide(ids[None], use_cache=False).logits[0]
+    peer = _reference(model, session.device, peer_dtype)(ids[None], use_cache=False).logits[0].double()
+    error = float((found - expected).abs().max())
+    peer_error = float((peer - expected).abs().max())
+    session.check(
+        f"{name}: logits",
+        # "not >" would let NaN pass
+        error <= ALLOWED * peer_error + 1e-5,
+        error=error,
+        transformers_error=peer_error,
+        largest=float(expected.abs().max()),
+    )
+    # where rounding in this dtype cannot change the choice, ours must be that of float64
+    best = expected.topk(2, dim=-1)
+    decided = best.values[:, 0] - best.values[:, 1] > 2 * peer_error
+    same = found.argmax(dim=-1) == best.indices[:, 0]
+    session.check(
+        f"{name}: greedy tokens",
+        bool(same[decided].all()),
+        decided=int(decided.sum()),
+        equal=int(same.sum()),
+        positions=ids.numel(),
+    )
+
+
+def _model(session: Session, name: str, format: str, scale: float) -> None:
+    model = make_model(name, format, session.device, scale=scale)
+    prompt, steps = (6, 2) if session.toy else (PROMPT, STEPS)
+    ids = torch.randint(0, model.config.vocab_size, (prompt + steps,), device=session.device)
+    _compare(session, f"model {name} {format}", model, ids, prompt, DTYPES.get(format, torch.float16))
+
+
+def _embedded(session: Session) -> None:
+    """The trained models that ship with gpt2rt, on tokens that they choose."""
+    from gpt2rt import GPT2LMHeadModel, OpenAIGPTLMHeadModel
+
+    if session.toy:
+        return
+    for kind, name in ((GPT2LMHeadModel, "gpt2rt/tiny-gpt2"), (OpenAIGPTLMHeadModel, "gpt2rt/tiny-gpt1")):
+        for format in ("float32", "float16"):
+            session.need(10)
+            with session.attempt(f"{name} {format}"):
+                model = kind.from_pretrained(name, dtype=DTYPES[format]).to(session.device)
+                start = torch.arange(5, 13, device=session.device)[None]
+                ids = model.generate(start, max_new_tokens=48, do_sample=False)[0]
+                _compare(session, f"{name} {format}", model, ids, 8, DTYPES[format])
+                expected = _reference(model, session.device, torch.float64).generate(
+                    start, max_new_tokens=48, do_sample=False, pad_token_id=0, eos_token_id=None
+                )[0]
+                count = min(len(ids), len(expected))
+                equal = int((ids[:count] == expected[:count]).long().cumprod(0).sum())
+                session.note(
+                    f"{name} {format}: generate",
+                    f"{equal - 8} of {count - 8} greedy tokens before one that transformers in float64 does not give",
+                )

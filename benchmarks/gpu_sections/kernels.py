@@ -1,0 +1,67 @@
+"""(f) Each kernel by itself: error, time on cold data, share of bandwidth or peak; variants of tiles side by side."""
+
+from __future__ import annotations
+
+import torch
+
+from gpt2rt.lab.measure import is_ours as is_form_of_ours
+from gpt2rt.lab.measure import measure, size_text
+from gpt2rt.lab.problem import Place
+from gpt2rt.lab.registry import OPERATIONS
+from gpt2rt.lab.timing import Times
+
+from .session import Session
+
+#: copies of the data together, beyond every L2 cache
+COLD_BYTES = 300_000_000
+#: first what a step spends its time in
+ORDER = ("linear_rows", "paged_decode_attention", "layer_norm", "quantized_linear", "head_argmax", "linear_tiles")
+
+
+def label(form: str) -> str:
+    """What a form is called among times: "gpt2rt" is Triton's; variants and other forms follow a comma."""
+    if not is_form_of_ours(form):
+        return form
+    kind, _, variant = form.partition(": ")
+    return ", ".join(["gpt2rt", *([] if kind == "Triton" else [kind]), *([variant] if variant else [])])
+
+
+def run(session: Session) -> None:
+    names = [*ORDER, *(name for name in OPERATIONS if name not in ORDER)]
+    timer = session.timer(9)
+    for name in names:
+        operation = OPERATIONS[name]
+        for size in (operation.toy,) if session.toy else operation.sizes:
+            session.need(6)
+            # torch's own int4 product exists for bfloat16 alone
+            int4 = name == "quantized_linear" and size.get("format") == "int4"
+            dtype = torch.bfloat16 if int4 and not session.dry else session.dtype
+            place = Place(session.device, dtype, cold_bytes=0 if session.dry else COLD_BYTES)
+            title = f"{name} {size_text(size)}"
+            with session.attempt(title):
+                # timed calls of a dry run would only repeat those of the check
+                limits = None if session.dry else session.limits
+                result = measure(operation, size, place, None if session.dry else timer, limits)
+                forms = result["forms"]
+                times = {
+                    label(form): Times(entry["us"], entry["p10_us"], timer.rounds, bool(entry["captured"]))
+                    for form, entry in forms.items()
+                    if entry["us"] is not None
+                }
+                failed = {
+                    label(form): entry["failed"] or f"error {entry['error']}"
+                    for form, entry in forms.items()
+                    if entry["failed"] or entry["ok"] is False
+                }
+                session.times(
+                    title,
+                    times,
+                    failed,
+                    floor_us=result["limit_us"],
+                    op=name,
+                    size=size,
+                    dtype=result["dtype"],
+                    bytes=result["bytes"],
+                    operations=result["operations"],
+                    errors={form: entry["error"] for form, entry in forms.items()},
+                )
