@@ -1,11 +1,16 @@
-"""Build of gpt2rt: the pure-Python package and the extension ``gpt2rt._C`` (csrc/). Metadata stands in pyproject.toml.
+"""Build of gpt2rt: the pure-Python package, the extension ``gpt2rt._C`` (csrc/) and ``gpt2rt._C_cuda`` (csrc/cuda/).
 
-Environment variables:
-    GPT2RT_CPP: ``0`` leaves the extension out; gpt2rt then runs on its reference path. Default ``1``.
-    GPT2RT_CUDA: ``auto`` (default) or ``0`` builds for the CPU; ``1`` is refused as long as csrc/ has no CUDA sources.
+Metadata stands in pyproject.toml. Environment variables:
+    GPT2RT_CPP: ``0`` leaves ``_C`` out; gpt2rt then runs on its reference path. Default ``1``.
+    GPT2RT_CUDA: ``auto`` (default) builds ``_C_cuda`` if torch has CUDA and nvcc is found (CUDA_HOME, or PATH); ``1``
+        demands it, and builds it against a torch without CUDA too, which will not load it; ``0`` leaves it out, and so
+        does ``auto`` with GPT2RT_CPP=0.
     CXX, CXXFLAGS, LDFLAGS: as usual; CXXFLAGS comes last, so it can add sanitizers or turn optimisation off.
+    GPT2RT_CUDA_ARCHITECTURES: for which ``_C_cuda`` gets machine code, such as ``90`` or ``80,90``; default: all that
+        are supported and that nvcc knows.
+    NVCC_FLAGS: added to nvcc's, such as ``-ccbin g++-13`` for a host compiler that nvcc accepts.
 
-The extension uses torch's stable ABI only and no Python symbol, so one ``_C.abi3.so`` serves many versions of both.
+Each extension uses torch's stable ABI only and no Python symbol, so one ``_C.abi3.so`` serves many versions of both.
 Kernels are compiled once per instruction set, each with its own flags, and chosen at run time (csrc/cpu/isa.cpp);
 the build never asks which processor it runs on.
 """
@@ -15,15 +20,17 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+CUDA = "gpt2rt._C_cuda"
 
 # no -ffast-math and no contraction: sums keep the order, and fused operations are those that the source writes
 CXX_FLAGS = [
@@ -58,6 +65,13 @@ ISA_FLAGS = {
     "amx": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 
+# machine code for these, as far as nvcc knows them; the kernels use nothing that is special to one model of an
+# architecture, so that of 8.0 serves 8.6 and 8.9, and so on. Whatever comes after the last one gets its PTX
+CUDA_ARCHITECTURES = (80, 90, 100, 120)
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# from 2.11 on the C interface of the CUDA streams is stable
+CUDA_API = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+
 
 def env_choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
     """The value of an environment variable that takes one of a few values."""
@@ -74,14 +88,18 @@ def isa_names() -> list[str]:
 
 def extension_options() -> dict[str, Any]:
     """``ext_modules`` and what goes with them; empty without the extension."""
-    if env_choice("GPT2RT_CUDA", "auto", ("auto", "0", "1")) == "1":
+    cuda = env_choice("GPT2RT_CUDA", "auto", ("auto", "0", "1"))
+    nvcc = None if cuda == "0" else find_nvcc()
+    if cuda == "1" and nvcc is None:
         raise SystemExit(
-            "setup.py: GPT2RT_CUDA=1, but csrc/ has no CUDA sources yet: on a GPU gpt2rt uses its Triton kernels, "
-            "which need no build; unset GPT2RT_CUDA or set it to auto or 0"
+            "setup.py: GPT2RT_CUDA=1, but there is no nvcc in CUDA_HOME/bin or on PATH; install the CUDA toolkit, or "
+            "leave GPT2RT_CUDA unset: without gpt2rt._C_cuda the Triton kernels, which need no build, do its work"
         )
-    if env_choice("GPT2RT_CPP", "1", ("0", "1")) == "0":
+    cpp = env_choice("GPT2RT_CPP", "1", ("0", "1")) == "1"
+    if not cpp and cuda != "1":
         return {}
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         raise SystemExit(
@@ -95,8 +113,21 @@ def extension_options() -> dict[str, Any]:
     class BuildWithIsas(BuildExtension):  # type: ignore[misc, valid-type]
         """Compiles csrc/cpu/isa_<name>.cpp with the flags of each instruction set, then the extension around them."""
 
+        def get_ext_filename(self, ext_name: str) -> str:
+            """``_C_cuda.so``: no Python ever imports it."""
+            # asked for with its package and without
+            if ext_name.endswith(CUDA.rpartition(".")[2]):
+                return ext_name.replace(".", os.sep) + ".so"
+            return super().get_ext_filename(ext_name)
+
         def build_extension(self, ext: Any) -> None:
             """Add the objects of all instruction sets to ``ext`` and build it."""
+            if ext.name == CUDA:
+                assert nvcc is not None
+                build_cuda(
+                    nvcc, Path(self.get_ext_fullpath(CUDA)), Path(self.build_temp).resolve() / "cuda", user_flags
+                )
+                return
             folder = Path(self.build_temp).resolve() / "isa"
             folder.mkdir(parents=True, exist_ok=True)
             compiler = shlex.split(os.environ.get("CXX", "c++"))
@@ -105,16 +136,18 @@ def extension_options() -> dict[str, Any]:
                 target = folder / f"isa_{name}.o"
                 source = f"csrc/cpu/isa_{name}.cpp"
                 flags = [*CXX_FLAGS, *isa_flags(name, compiler), *user_flags]
-                jobs.append((target, [*compiler, *flags, "-c", source, "-o", str(target)]))
-            with ThreadPoolExecutor() as pool:
-                # list() waits for all and raises what failed
-                list(pool.map(lambda job: compile_object(*job), jobs))
-            ext.extra_objects = [*(ext.extra_objects or []), *(str(target) for target, _ in jobs)]
+                jobs.append((target, [*compiler, *flags, "-c", source, "-o", str(target)], SOURCES_AND_HEADERS))
+            compile_objects(jobs)
+            ext.extra_objects = [*(ext.extra_objects or []), *(str(target) for target, *_ in jobs)]
             # setuptools links again only if something in this list is newer than the library
             ext.depends = [*(ext.depends or []), *map(str, SOURCES_AND_HEADERS), *ext.extra_objects]
             super().build_extension(ext)
 
-    sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp") if not path.name.startswith("isa_"))
+    sources = [
+        str(path.relative_to(ROOT))
+        for path in SOURCES_AND_HEADERS
+        if path.suffix == ".cpp" and not path.name.startswith("isa_")
+    ]
     extension = CppExtension(
         "gpt2rt._C",
         sources,
@@ -123,8 +156,12 @@ def extension_options() -> dict[str, Any]:
         extra_link_args=["-pthread"],
         py_limited_api=True,
     )
+    extensions = [extension] if cpp else []
+    if cuda == "1" or (nvcc is not None and torch.version.cuda):
+        # build_cuda knows its sources: torch refuses .cu files here where it is built without CUDA
+        extensions.append(Extension(CUDA, []))
     return {
-        "ext_modules": [extension],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildWithIsas},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
@@ -144,11 +181,68 @@ def isa_flags(name: str, compiler: list[str]) -> list[str]:
     return []
 
 
-def compile_object(target: Path, command: list[str]) -> None:
-    """Run a compiler command unless ``target`` is newer than every source and was made by the same command."""
+def find_nvcc() -> str | None:
+    """The compiler of CUDA_HOME (or CUDA_PATH), else that on PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+
+
+def build_cuda(nvcc: str, target: Path, folder: Path, user_flags: list[str]) -> None:
+    """Compile csrc/cuda and link ``target``; torch's own CUDAExtension refuses to work with a torch without CUDA."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    asked = os.environ.get("GPT2RT_CUDA_ARCHITECTURES") or ",".join(map(str, CUDA_ARCHITECTURES))
+    known = [number for number in asked.split(",") if f"sm_{number}" in listed]
+    if not known:
+        raise SystemExit(f"setup.py: {nvcc} has none of the architectures {asked}, only {', '.join(listed)}")
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in known]
+    targets.append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nvcc_flags = shlex.split(os.environ.get("NVCC_FLAGS", ""))
+    # messages name files as in the repository, wherever it was built
+    compile_cuda = [nvcc, *NVCC_FLAGS, "-Xcompiler", f"-ffile-prefix-map={ROOT}/=", "-t", str(os.cpu_count() or 1)]
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    cxx_flags = [flag for flag in CXX_FLAGS if "TORCH_TARGET_VERSION" not in flag]
+    includes = [f"-isystem{path}" for path in include_paths()]
+    jobs, objects = [], []
+    for source in CUDA_SOURCES:
+        if source.suffix == ".cu":
+            command = [*compile_cuda, *targets, *nvcc_flags]
+        elif source.suffix == ".cpp":
+            command = [*compiler, *cxx_flags, *CUDA_API, *includes, *user_flags]
+        else:
+            continue
+        objects.append(folder / f"{source.name}.o")
+        jobs.append(
+            (objects[-1], [*command, "-c", str(source.relative_to(ROOT)), "-o", str(objects[-1])], CUDA_SOURCES)
+        )
+    names = [str(each) for each in objects]
+    places = [f"-L{path}" for path in library_paths()]
+    link = [nvcc, *nvcc_flags, "-shared", "-cudart", "static", *names, *places, "-ltorch_cpu", "-o", str(target)]
+    try:
+        compile_objects(jobs)
+        subprocess.run(link, cwd=ROOT, check=True)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            f"setup.py: building {CUDA} failed, see above ({shlex.join(error.cmd)[:80]}...); GPT2RT_CUDA=0 leaves it "
+            "out, NVCC_FLAGS='-ccbin ...' names another host compiler"
+        ) from error
+
+
+def compile_objects(jobs: list[tuple[Path, list[str], list[Path]]]) -> None:
+    """Run all jobs of :func:`compile_object`, several at a time."""
+    with ThreadPoolExecutor() as pool:
+        # list() waits for all and raises what failed
+        list(pool.map(lambda job: compile_object(*job), jobs))
+
+
+def compile_object(target: Path, command: list[str], inputs: list[Path]) -> None:
+    """Run a compiler command unless ``target`` is newer than every input and was made by the same command."""
     stamp = target.with_suffix(".command")
     text = shlex.join(command)
-    newest = max(path.stat().st_mtime for path in SOURCES_AND_HEADERS)
+    newest = max(path.stat().st_mtime for path in inputs)
     if target.exists() and stamp.exists() and stamp.read_text() == text and target.stat().st_mtime > newest:
         return
     print(text, flush=True)
@@ -157,7 +251,10 @@ def compile_object(target: Path, command: list[str]) -> None:
     stamp.write_text(text)
 
 
-SOURCES_AND_HEADERS = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h"))
+SOURCES_AND_HEADERS = sorted(
+    path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h") and CSRC / "cuda" not in path.parents
+)
+CUDA_SOURCES = sorted(path for path in (CSRC / "cuda").iterdir() if path.is_file())
 
 setup(
     # kernels/ stands beside gpt2rt/ in the repository and inside it in the wheel; a top-level package of that name

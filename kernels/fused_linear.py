@@ -20,7 +20,7 @@ from torch import Tensor
 from .refs import bias_gelu_new_ref, compute_dtype, layer_norm_ref
 from .weights import DeviceWeight
 
-__all__ = ["MAX_ROWS", "Append", "Norm", "Partials", "fused_linear_ref", "fused_linear_triton"]
+__all__ = ["MAX_ROWS", "Append", "Norm", "Partials", "fused_linear_ref", "fused_linear_rows", "fused_linear_triton"]
 
 #: up to so many rows the kernel without tensor cores is taken; its results for a row do not depend on their number
 MAX_ROWS = 8
@@ -150,11 +150,33 @@ def fused_linear_triton(
         batch_invariant: take the kernel whose results for a row are the same for every M.
         pdl: programmatic dependent launch; the kernel before this one in the stream must follow its rules (fusion.py).
     """
-    from .linear_rows import fused_linear_rows_triton
-    from .linear_tiles import fused_linear_tiles_triton
-
     options = {"norm": norm, "activation": activation, "residual": residual, "append": append, "pdl": pdl}
     if x.size(0) <= MAX_ROWS and not batch_invariant:
-        fused_linear_rows_triton(x, weight, bias, out, **options)
+        fused_linear_rows(x, weight, bias, out, **options)
     else:
+        from .linear_tiles import fused_linear_tiles_triton
+
         fused_linear_tiles_triton(x, weight, bias, out, workspace=workspace, batch_invariant=batch_invariant, **options)
+
+
+def fused_linear_rows(
+    x: Tensor | None,
+    weight: DeviceWeight,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    partials: Partials | None = None,
+    **options,
+) -> None:
+    """Launch the kernel for up to ``MAX_ROWS`` rows: that of CUDA C++ where it is enabled and has the weight's format.
+
+    The arguments are those of ``linear_rows.fused_linear_rows_triton``.
+    """
+    from .linear_rows_cuda import fused_linear_rows_cuda, serves
+
+    if serves(weight, out, partials):
+        fused_linear_rows_cuda(x, weight, bias, out, partials=partials, **options)
+    else:
+        from .linear_rows import fused_linear_rows_triton
+
+        fused_linear_rows_triton(x, weight, bias, out, partials=partials, **options)

@@ -138,7 +138,9 @@ def test_sdist_holds_what_a_build_needs(checkout):
     (sdist,) = (checkout / "sdists").iterdir()
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    for path in [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "kernels").glob("*.py")]:
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    assert any(path.suffix == ".cu" for path in sources)
+    for path in [*sources, *(ROOT / "kernels").glob("*.py")]:
         assert str(path.relative_to(ROOT)) in names
     assert {"setup.py", "pyproject.toml", "gpt2rt/py.typed"} <= names
     assert not [name for name in names if name.startswith("gpt2rt/kernels/")]
@@ -147,7 +149,7 @@ def test_sdist_holds_what_a_build_needs(checkout):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"GPT2RT_CUDA": "1"}, "GPT2RT_CUDA=1, but csrc/ has no CUDA sources yet"),
+        ({"GPT2RT_CUDA": "1", "CUDA_HOME": "/nowhere"}, "GPT2RT_CUDA=1, but there is no nvcc in CUDA_HOME/bin"),
         ({"GPT2RT_CUDA": "yes"}, "GPT2RT_CUDA is 'yes', expected one of auto, 0, 1"),
         ({"GPT2RT_CPP": "off"}, "GPT2RT_CPP is 'off', expected one of 0, 1"),
     ],

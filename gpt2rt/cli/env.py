@@ -18,10 +18,12 @@ def command(as_json: JsonFlag = False) -> None:
     """Show versions, hardware, and which form of each op is active and why."""
     from gpt2rt import ops
     from gpt2rt.env import collect
+    from gpt2rt.ops.cuda_extension import cuda_extension_status
 
-    status = ops.extension_status()
+    status, in_cuda = ops.extension_status(), cuda_extension_status()
     facts: dict[str, Any] = dict(collect())
     facts["extension"] = {"loaded": status.loaded, "path": status.path, "reason": status.reason}
+    facts["cuda_extension"] = {"loaded": in_cuda.loaded, "path": in_cuda.path, "reason": in_cuda.reason}
     facts["isa"] = isa()
     facts["ops"] = ops.op_forms()
     facts["notes"] = _why_not(facts)
@@ -30,9 +32,10 @@ def command(as_json: JsonFlag = False) -> None:
         return
     out = console()
     table = Table(show_header=False, box=None)
-    for name, value in _flat(facts, ("ops", "extension", "notes")):
+    for name, value in _flat(facts, ("ops", "extension", "cuda_extension", "notes")):
         table.add_row(name, escape(value))
     table.add_row("extension", escape(status.path or f"not loaded: {status.reason}"))
+    table.add_row("cuda extension", escape(in_cuda.path or f"not loaded: {in_cuda.reason}"))
     out.print(table)
     forms = Table("op", "on cpu", "on cuda", box=None)
     for name, places in ops.op_forms().items():

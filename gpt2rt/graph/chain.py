@@ -21,10 +21,9 @@ from torch import Tensor
 
 from gpt2rt.cache import PagedKVCache
 from gpt2rt.kernels.embedding_rows import embedding_rows_triton
-from gpt2rt.kernels.fused_linear import MAX_ROWS, Append, Partials, fused_linear_triton
+from gpt2rt.kernels.fused_linear import MAX_ROWS, Append, Partials, fused_linear_rows, fused_linear_triton
 from gpt2rt.kernels.fused_linear import Norm as KernelNorm
 from gpt2rt.kernels.fusion import ACTIVATIONS
-from gpt2rt.kernels.linear_rows import fused_linear_rows_triton
 from gpt2rt.kernels.linear_tiles import workspace_bytes
 from gpt2rt.kernels.merge_splits import merge_splits_triton
 from gpt2rt.kernels.norm_rows import norm_rows_triton
@@ -390,7 +389,7 @@ class _Launches:
         if self.partials is not None:
             partials, self.partials = self.partials, None
             product = self.chain.product(node.linear)
-            fused_linear_rows_triton(
+            fused_linear_rows(
                 None, product.weight, product.bias, b.x, residual=b.x, partials=partials, pdl=self.chain.pdl
             )
             return

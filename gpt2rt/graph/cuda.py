@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gpt2rt import ops
 from gpt2rt.cache import PagedKVCache
+from gpt2rt.ops.cuda_extension import use_cuda_rows
 
 from .batch import StepBatch, StepOutput
 from .chain import SPLIT, Buffers, Chain, StepSize, unsupported
@@ -89,6 +90,7 @@ class CudaExecutor:
 
     Raises:
         ValueError: this executor cannot run the plan (see ``chain.unsupported``).
+        ImportError: ``GPT2RT_CUDA_INT4=1``, but there is no library of CUDA C++ kernels.
         torch.cuda.OutOfMemoryError: the weights do not fit on the device a second time in the kernels' layout.
     """
 
@@ -108,6 +110,7 @@ class CudaExecutor:
         self.cache_dtype = plan.dtype
         self.batch_invariant = batch_invariant
         self.pdl = pdl_supported(plan.device) if pdl is None else pdl
+        use_cuda_rows(plan.device)
         self.chain = Chain(plan, batch_invariant=batch_invariant, pdl=self.pdl)
         self.graphs = GraphStore(plan.device, enabled=graphs_enabled() if graphs is None else graphs)
         self._buffers: dict[StepSize, Buffers] = {}

@@ -12,6 +12,7 @@ from torch import Tensor
 from gpt2rt.kernels import refs
 from gpt2rt.kernels.fused_linear import Append, Norm, Partials, fused_linear_ref, merge_partials_ref
 from gpt2rt.kernels.quantized_linear import quantized_linear_ref
+from gpt2rt.ops.cuda_extension import cuda_extension_status
 
 from .problem import Place, Problem, load, poison, size_of, variant
 from .rows import EPS
@@ -195,6 +196,15 @@ def _fused_forms(place, kernel, x, weights, bias, out, rows: int, options) -> di
             return out
 
         forms: dict[str, Callable[[int], Any]] = {"Triton": run}
+        in_cuda = weight.group_size and weight.compute_dtype.itemsize == 2 and cuda_extension_status().loaded
+        if place.device.type == "cuda" and in_cuda and weight.shape[1] <= load("linear_rows_cuda:MAX_K"):
+            launch_cuda = load("linear_rows_cuda:fused_linear_rows_cuda")
+
+            def run_cuda(i: int) -> Tensor:
+                launch_cuda(x, weights[i], bias, out, **options)
+                return out
+
+            forms["CUDA C++"] = run_cuda
         if place.device.type == "cuda" and rows == 1 and weight.shape[1] <= 8192:
             from gpt2rt.kernels.linear_rows import rows_config
 

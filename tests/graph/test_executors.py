@@ -278,7 +278,7 @@ def test_executors_are_chosen_by_name():
     assert executor_names() == ("eager", "cpu", "cuda")
     with pytest.raises(ValueError, match="no executor 'gpu'; choose one of eager, cpu, cuda"):
         make_executor(plan, "gpu")
-    with pytest.raises(ValueError, match="the cuda executor cannot run this model: .*; use the eager executor"):
+    with pytest.raises(ValueError, match=r"the cuda executor cannot run this model: .*; use the eager executor"):
         make_executor(plan, "cuda")
     if ops.extension_status().loaded:
         assert make_executor(plan).name == "cpu"

@@ -11,9 +11,9 @@ template <typename T, Format format, int parts>
 void launch(const RowsParams& p) {
   const int threads = 32 * warps_for(p.k);
   hostBlockDim.x = threads;
-  for (int i = 0; i * kTile < p.n; ++i) {
+  for (int i = 0; i * kTile * tiles_for(p.n, p.k) < p.n; ++i) {
     hostBlockIdx.x = i;
-    on_host::run(threads, shared_bytes(p.k, p.num_rows, parts, format == Format::code4),
+    on_host::run(threads, shared_bytes(p.n, p.k, p.num_rows, parts, format == Format::code4),
                  [&p] { fused_linear_rows<T, format, parts>(p, on_host::block.shared.data()); });
   }
 }
@@ -50,6 +50,7 @@ void unpack_word(const Unpack& unpack, uint32_t word, uint16_t* values) {
 extern "C" {
 
 int size_of_params() { return sizeof(RowsParams); }
+int max_elements() { return kMaxSteps * kStep; }
 
 void run_rows(const RowsParams* params, int format, int compute) {
   const auto which = static_cast<Format>(format);
@@ -58,7 +59,8 @@ void run_rows(const RowsParams* params, int format, int compute) {
 
 // the values of a word's nibbles 0 to 7: bits of float16 or bfloat16
 void unpack_integers(uint32_t word, int low, int high, int bfloat, uint16_t* values) {
-  bfloat ? unpack_word(Integers<BFloat>(low, high), word, values) : unpack_word(Integers<Half>(low, high), word, values);
+  bfloat ? unpack_word(Integers<BFloat>(low, high), word, values)
+         : unpack_word(Integers<Half>(low, high), word, values);
 }
 
 void unpack_codes(uint32_t word, const float* codebook, int bfloat, uint16_t* values) {
