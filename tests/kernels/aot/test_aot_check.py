@@ -15,7 +15,7 @@ if importlib.util.find_spec("triton") is None:
 CHECK = Path(__file__).with_name("check.py")
 
 BAD_SPECS = """
-from types import SimpleNamespace as Spec
+from spec import Spec
 
 import torch
 import triton
@@ -80,7 +80,7 @@ def test_bad_kernels_fail_and_say_why(tmp_path):
 
 
 WAIT_SPECS = """
-from types import SimpleNamespace as Spec
+from spec import Spec
 
 import torch
 import triton
