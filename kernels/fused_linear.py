@@ -85,6 +85,8 @@ def merge_partials_ref(partials: Partials, split: int = 64, dtype: torch.dtype =
     logs = lse.to(dtype).masked_fill(~used[:, None], -math.inf)
     weights = torch.exp2(logs - logs.amax(dim=-1, keepdim=True)).nan_to_num(0.0)
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    # tokens that no split holds
+    weights = weights.masked_fill((seq_lens > num_splits * split)[:, None, None], math.nan)
     return (weights[..., None] * values.to(dtype).masked_fill(~used[:, None, :, None], 0.0)).sum(dim=2).flatten(1)
 
 

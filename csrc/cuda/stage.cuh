@@ -25,7 +25,7 @@ struct Layout {
 __device__ inline void merge_four(const RowsParams& p, int row, int element, float (&value)[4]) {
   const int head = element / p.head_dim, dim = element % p.head_dim;
   const int64_t at = (static_cast<int64_t>(row) * (p.k / p.head_dim) + head) * p.num_splits;
-  const int used = min((p.seq_lens[row] + kSplit - 1) / kSplit, p.num_splits);
+  const int wanted = (p.seq_lens[row] + kSplit - 1) / kSplit, used = min(wanted, p.num_splits);
   float most = -INFINITY, total = 0.0f;
 #pragma unroll 1
   for (int split = 0; split < used; ++split) most = fmaxf(most, p.lse[at + split]);
@@ -38,7 +38,8 @@ __device__ inline void merge_four(const RowsParams& p, int row, int element, flo
 #pragma unroll
     for (int i = 0; i < 4; ++i) value[i] += weight * from[i];
   }
-  const float scale = used > 0 ? 1.0f / total : 0.0f;
+  // tokens that no split holds
+  const float scale = wanted > p.num_splits ? NAN : used > 0 ? 1.0f / total : 0.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) value[i] *= scale;
 }

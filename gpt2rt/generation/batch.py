@@ -122,7 +122,8 @@ class DecodeBatch:
             longest = max(longest, length)
         if self._device.type != "cpu":
             for name, tensor in self._tensors.items():
-                tensor.copy_(self._host[name], non_blocking=True)
+                # not asynchronous: the next step writes over what is copied
+                tensor.copy_(self._host[name])
         self._batch.max_seq_len = longest
         return self._batch
 
@@ -244,6 +245,8 @@ class CachedRows:
             tokens, rows: as for :meth:`next`; the executor must be a cuda executor.
             sampling: how tokens are drawn, asked for only where the device cannot go on by itself.
         """
+        # the loop's blocks do not reach the other batch's tables
+        self._batch_rows = []
         if self._loop is None:
             from gpt2rt.graph.cuda import CudaExecutor
             from gpt2rt.graph.device_loop import DeviceLoop

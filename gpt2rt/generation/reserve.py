@@ -12,6 +12,9 @@ from gpt2rt.graph import Executor
 
 from .starts import BLOCK_SIZE
 
+# of the free memory that a cache may take and still be rounded up
+_LARGEST_SHARE = 0.8
+
 
 def new_cache(
     executor: Executor, num_blocks: int, who: str, remedy: str, dtype: torch.dtype | None = None
@@ -43,7 +46,8 @@ def new_cache(
             f"{memory / 1e9:.1f} GB of memory; {remedy}"
         )
     counts = [num_blocks]
-    if model.device.type == "cuda":
+    # a step needs memory too: the rounded number must leave some
+    if model.device.type == "cuda" and rounded(num_blocks) * block_bytes < _LARGEST_SHARE * _free_bytes(model.device):
         counts = sorted({rounded(num_blocks), num_blocks}, reverse=True)
     for count in counts:
         try:
@@ -59,7 +63,7 @@ def new_cache(
         except torch.cuda.OutOfMemoryError:
             # outside of the handler, so that its traceback does not hold memory
             continue
-    free = torch.cuda.mem_get_info(model.device)[0]
+    free = _free_bytes(model.device)
     raise RequestError(
         f"{who} need up to {num_blocks * block_bytes / 1e9:.1f} GB of KV cache, but of {model.device}'s memory only "
         f"{free / 1e9:.1f} GB are free; {remedy}"
@@ -70,6 +74,12 @@ def rounded(num_blocks: int) -> int:
     """The next number of at least 64 that has at most three significant bits."""
     unit = max(16, 1 << max(0, num_blocks.bit_length() - 3))
     return max(64, -(-num_blocks // unit) * unit)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What of a CUDA device's memory may be had: free, or kept by torch without being used."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _memory_bytes(device: torch.device) -> int:

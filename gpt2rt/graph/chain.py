@@ -99,6 +99,10 @@ class StepSize:
     max_blocks: int
     num_splits: int
 
+    def like(self, other: StepSize) -> bool:
+        """Whether both are decode steps of one size, over contexts of any."""
+        return self.num_splits > 0 and dataclasses.replace(other, num_splits=self.num_splits) == self
+
 
 class Buffers:
     """What a step reads and writes besides weights and cache.
@@ -106,6 +110,7 @@ class Buffers:
     Args:
         chain: whose step.
         size: how large.
+        other: of the same size but for ``num_splits``; all tensors but the partial attention are shared with it.
 
     Attributes:
         input_ids, position_ids, slot_mapping: [num_tokens] int64.
@@ -117,7 +122,9 @@ class Buffers:
         hidden: [num_logits, n_embd] float32, the rows after the final norm.
     """
 
-    def __init__(self, chain: Chain, size: StepSize) -> None:
+    # what is made under a caller's inference mode could not be written outside of it
+    @torch.inference_mode(False)
+    def __init__(self, chain: Chain, size: StepSize, other: Buffers | None = None) -> None:
         plan, device = chain.plan, chain.plan.device
         tokens, seqs, wide = size.num_tokens, size.num_seqs, plan.n_head * plan.head_dim
         self.size = size
@@ -125,6 +132,13 @@ class Buffers:
         def new(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        if other is not None:
+            self.__dict__.update(other.__dict__)
+            self.size = size
+        self.values = new(seqs, plan.n_head, size.num_splits, plan.head_dim, dtype=torch.float32)
+        self.lse = new(seqs, plan.n_head, size.num_splits, dtype=torch.float32)
+        if other is not None:
+            return
         self.input_ids, self.position_ids = (new(tokens, dtype=torch.int64) for _ in range(2))
         self.slot_mapping = new(tokens, dtype=torch.int64).fill_(-1)
         self.seq_lens = new(seqs, dtype=torch.int32)
@@ -138,18 +152,11 @@ class Buffers:
         self.qkv = new(tokens, 3 * wide, dtype=plan.dtype)
         self.attended = new(tokens, wide, dtype=plan.dtype)
         self.inner = new(tokens, chain.inner_size, dtype=plan.dtype)
-        self.values = new(seqs, plan.n_head, size.num_splits, plan.head_dim, dtype=torch.float32)
-        self.lse = new(seqs, plan.n_head, size.num_splits, dtype=torch.float32)
         self.hidden = new(size.num_logits, plan.n_embd, dtype=torch.float32)
         rows = size.num_logits if chain.has_head else 0
         padded = -(-plan.vocab_size // _LOGITS_PAD) * _LOGITS_PAD
         self.logits = new(rows, padded, dtype=torch.float32)[:, : plan.vocab_size]
         self.workspace = new(chain.workspace_bytes(max(tokens, size.num_logits)), dtype=torch.uint8)
-
-    def share_inputs(self, other: Buffers) -> None:
-        """Read what another step of as many rows reads: inputs of one are then those of both."""
-        for name in ("input_ids", "position_ids", "slot_mapping", "seq_lens", "block_table"):
-            setattr(self, name, getattr(other, name))
 
     def load(self, batch: StepBatch) -> None:
         """Take a batch over; what it does not fill becomes padding, which is computed and changes nothing."""
@@ -212,6 +219,7 @@ class Chain:
         assert isinstance(embed, Embed)
         assert isinstance(head, Head)
         self._wte = self._pack(embed.wte)
+        self._wpe = _rows(embed.wpe)
         self.has_head = head.linear is not None
         inner = [node.linear.weight.shape[0] for node in plan.nodes if isinstance(node, NormLinearAct)]
         self.inner_size = max(inner, default=0)
@@ -220,7 +228,7 @@ class Chain:
         """The same with another position table [n_positions, n_embd]; all weights are shared."""
         other = object.__new__(Chain)
         other.__dict__.update(self.__dict__)
-        other.plan = with_positions(self.plan, wpe)
+        other.plan, other._wpe = with_positions(self.plan, wpe), _rows(wpe)
         return other
 
     @property
@@ -297,7 +305,7 @@ class _Launches:
     def launch(self, node: object) -> None:
         match node:
             case Embed():
-                self._embed(node)
+                self._embed()
             case NormQKV():
                 self._qkv(node)
             case Attention():
@@ -311,9 +319,10 @@ class _Launches:
             case Head():
                 self._head(node)
 
-    def _embed(self, node: Embed) -> None:
-        wpe = node.wpe if node.wpe.stride(1) == 1 else node.wpe.contiguous()
-        embedding_rows_triton(self.b.input_ids, self.b.position_ids, self.chain._wte, wpe, self.b.x, pdl=self.chain.pdl)
+    def _embed(self) -> None:
+        embedding_rows_triton(
+            self.b.input_ids, self.b.position_ids, self.chain._wte, self.chain._wpe, self.b.x, pdl=self.chain.pdl
+        )
 
     def _linear(self, x: Tensor, linear: Linear, out: Tensor, *, norm: Norm | None = None, **options) -> None:
         product = self.chain.product(linear)
@@ -411,6 +420,11 @@ class _Launches:
         norm_rows_triton(b.x, norm, b.hidden, rows=b.logits_indices, pdl=self.chain.pdl)
         if node.linear is not None:
             self._linear(b.hidden, node.linear, b.logits)
+
+
+def _rows(table: Tensor) -> Tensor:
+    """The same numbers with contiguous rows."""
+    return table.detach() if table.stride(1) == 1 else table.detach().contiguous()
 
 
 def _norm(norm: Norm) -> KernelNorm:

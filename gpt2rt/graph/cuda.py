@@ -169,20 +169,24 @@ class CudaExecutor:
                 launches()
             else:
                 self.graphs.run(key, launches)
-            return self._output(buffers, batch, return_hidden, head)
+            return self._output(buffers, batch, return_hidden, head, private=key is None)
 
-    def _output(self, buffers: Buffers, batch: StepBatch, return_hidden: bool, head: str) -> StepOutput:
+    def _output(
+        self, buffers: Buffers, batch: StepBatch, return_hidden: bool, head: str, *, private: bool
+    ) -> StepOutput:
+        """What was asked for, in tensors that the next step leaves alone; ``private``: the buffers are."""
         # a decode step gives its rows in their own order
         rows = batch.logits_indices if buffers.size.num_splits else None
         count = batch.logits_indices.numel()
         hidden = None
         if return_hidden:
-            hidden = buffers.hidden[:count].clone() if rows is None else buffers.hidden[rows]
+            hidden = buffers.hidden[:count] if rows is None else buffers.hidden[rows]
+            hidden = hidden.clone() if rows is None and not private else hidden
         if not self.chain.has_head:
             return StepOutput(None, hidden)
         logits = buffers.logits[:count] if rows is None else buffers.logits[rows]
         if head == "logits":
-            return StepOutput(logits if rows is not None else logits.clone(), hidden)
+            return StepOutput(logits.clone() if rows is None and not private else logits, hidden)
         ids = ops.argmax(logits, finite=True)
         best = logits.gather(1, ids.clamp(min=0)[:, None]).masked_fill(ids[:, None] < 0, torch.nan)
         return StepOutput(None, hidden, top_ids=ids[:, None], top_logits=best)
@@ -196,7 +200,9 @@ class CudaExecutor:
             return Buffers(self.chain, self._exact(batch, cache)), batch.max_query_len, None
         buffers = self._buffers.get(size)
         if buffers is None:
-            buffers = self._buffers[size] = Buffers(self.chain, size)
+            # contexts differ in the partial attention alone
+            alike = (b for b in self._buffers.values() if size.num_splits and b.size.like(size))
+            buffers = self._buffers[size] = Buffers(self.chain, size, next(alike, None))
         return buffers, 1 if size.num_splits else size.num_tokens, (size, return_hidden, *cache_key(cache))
 
     def _max_blocks(self, cache: PagedKVCache) -> int:

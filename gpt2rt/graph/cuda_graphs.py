@@ -9,11 +9,16 @@ Source: CUDA programming guide, "CUDA Graphs"; capture as torch.cuda.graph does 
 from __future__ import annotations
 
 import collections
+import gc
+import threading
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+
+# torch: only one capture may be under way in a process
+_ONE_CAPTURE = threading.Lock()
 
 
 class GraphStore:
@@ -38,6 +43,8 @@ class GraphStore:
             self.disabled = "CUDA graphs are turned off"
         self._device = device
         self._pool: Any = None
+        # torch's allocator may still ask a graph whose capture has failed
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -73,17 +80,24 @@ class GraphStore:
             self._graphs.popitem(last=False)
 
     def _capture(self, launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._device)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        before = torch.cuda.current_stream(self._device)
+        collects = gc.isenabled()
+        # whatever the collector finds may wait for the device, which ends a capture
+        gc.disable()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                launches()
+            with _ONE_CAPTURE:
+                torch.cuda.synchronize(self._device)
+                stream = torch.cuda.Stream(self._device)
+                if self._pool is None:
+                    self._pool = torch.cuda.graph_pool_handle()
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    launches()
         except torch.cuda.OutOfMemoryError:
+            self._give_up(graph, before)
             raise
         except RuntimeError as error:
+            self._give_up(graph, before)
             # the step itself has run already; from now on every step is launched plainly
             self.disabled = f"capture failed: {error}"
             self._graphs.clear()
@@ -93,4 +107,13 @@ class GraphStore:
                 stacklevel=4,
             )
             return None
+        finally:
+            if collects:
+                gc.enable()
         return graph
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph, stream: Any) -> None:
+        """After a capture that failed: torch may have left the capture's stream current."""
+        torch.cuda.set_stream(stream)
+        self._failed.append(graph)
+        self._pool = None

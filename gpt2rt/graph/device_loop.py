@@ -107,12 +107,14 @@ class DeviceLoop:
         if key != self._key:
             self.close()
             # states outlive the loop, and their graphs with them
-            idle = self._executor.loop_states.get(key)
-            self._state = idle.pop() if idle else _State(self._executor, *key)
+            try:
+                self._state = self._executor.loop_states.setdefault(key, []).pop()
+            except IndexError:
+                self._state = _State(self._executor, *key)
             self._key = key
         self._sequences, self._limits = sequences, list(limits)
         self._launched = self._read = 0
-        self._settings = self._state.fill(tokens, sequences, limits, sampling)
+        self._settings = self._state.fill(self._executor, tokens, sequences, limits, sampling)
 
     def can_launch(self) -> bool:
         """Whether every sequence has room for one more token, and the ring for its step."""
@@ -138,7 +140,7 @@ class DeviceLoop:
         state = self._state
         state.extend_tables(self._sequences, self._launched)
         longest = max(sequence.length for sequence in self._sequences)
-        state.run(self._cache, longest, self._settings, self._launched)
+        state.run(self._executor, self._cache, longest, self._settings, self._launched)
         self._launched += 1
 
     def read(self) -> list[int]:
@@ -206,13 +208,18 @@ def warm_up_loop(executor: CudaExecutor, cache: PagedKVCache, num_rows: int) -> 
 
 
 class _State:
-    """The tensors of a batch size, on the device and where the host writes and reads them."""
+    """The tensors of a batch size, on the device and where the host writes and reads them.
 
+    It does not hold the executor, which holds it: an executor that nobody uses any more must go at once, not when the
+    garbage collector finds the circle.
+    """
+
+    # what is made under a caller's inference mode could not be written outside of it
+    @torch.inference_mode(False)
     def __init__(self, executor: CudaExecutor, rows: int, draws: bool, max_blocks: int, block_size: int) -> None:
         device = executor.plan.device
         on_device = device.type == "cuda"
         self._serial = next(_SERIAL)
-        self._executor = executor
         self._rows = rows
         self._device = device
         self._max_blocks = max_blocks
@@ -243,20 +250,17 @@ class _State:
         # all buffers of a batch size share the inputs
         self._shared: Buffers | None = None
 
-    def buffers(self, num_splits: int) -> Buffers:
-        """Those for a context of so many splits; inputs are the same tensors for every context."""
+    def buffers(self, executor: CudaExecutor, num_splits: int) -> Buffers:
+        """Those for a context of so many splits; all but the partial attention are the same for every context."""
         if num_splits not in self._buffers:
             size = StepSize(self._rows, self._rows, self._rows, self._max_blocks, num_splits)
-            made = Buffers(self._executor.chain, size)
-            if self._shared is None:
-                self._shared = made
-            else:
-                made.share_inputs(self._shared)
-            self._buffers[num_splits] = made
+            made = self._buffers[num_splits] = Buffers(executor.chain, size, self._shared)
+            self._shared = self._shared or made
         return self._buffers[num_splits]
 
     def fill(
         self,
+        executor: CudaExecutor,
         tokens: ListLike[int],
         sequences: ListLike[Sequence],
         limits: ListLike[int],
@@ -267,7 +271,7 @@ class _State:
         # the inputs of the first step are what advance would have made of the step before it; its slots come later
         padding = [0] * (self._rows - count)
         lengths = [sequence.length + 1 for sequence in sequences]
-        buffers = self.buffers(num_splits_for(max(lengths)))
+        buffers = self.buffers(executor, num_splits_for(max(lengths)))
         buffers.input_ids.copy_(torch.tensor([*tokens, *padding], dtype=torch.int64))
         buffers.position_ids.copy_(torch.tensor([*(length - 1 for length in lengths), *padding], dtype=torch.int64))
         buffers.slot_mapping.fill_(-1)
@@ -306,12 +310,14 @@ class _State:
             staged.copy_(torch.tensor(slots, dtype=torch.int64))
             self._shared.slot_mapping[: len(slots)].copy_(staged, non_blocking=True)
 
-    def run(self, cache: PagedKVCache, longest: int, settings: tuple[bool, ...], step: int) -> None:
+    def run(
+        self, executor: CudaExecutor, cache: PagedKVCache, longest: int, settings: tuple[bool, ...], step: int
+    ) -> None:
         """Queue the step, and the copy of its tokens to the host."""
-        buffers = self.buffers(num_splits_for(longest))
+        buffers = self.buffers(executor, num_splits_for(longest))
         key = ("loop", self._serial, buffers.size, settings, *cache_key(cache))
-        with self._executor.lock:
-            self._executor.graphs.run(key, lambda: self._launches(buffers, cache, settings))
+        with executor.lock:
+            executor.graphs.run(key, lambda: self._launches(executor, buffers, cache, settings))
         slot = step % RING
         self._fetched[slot].copy_(self.ring[slot], non_blocking=True)
         if self._events:
@@ -324,8 +330,10 @@ class _State:
             self._events[slot].synchronize()
         return self._fetched[slot].tolist()
 
-    def _launches(self, buffers: Buffers, cache: PagedKVCache, settings: tuple[bool, ...]) -> None:
-        self._executor.chain.run(buffers, cache, 1, hidden=False)
+    def _launches(
+        self, executor: CudaExecutor, buffers: Buffers, cache: PagedKVCache, settings: tuple[bool, ...]
+    ) -> None:
+        executor.chain.run(buffers, cache, 1, hidden=False)
         logits = buffers.logits
         if not self.draws:
             argmax_into_triton(logits, self.chosen, self.work.maxima, self._places, finite=True)
@@ -358,7 +366,7 @@ class _State:
             self.ring,
             self.step,
             self._block_size,
-            pdl=self._executor.pdl,
+            pdl=executor.pdl,
         )
 
 

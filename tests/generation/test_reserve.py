@@ -49,7 +49,9 @@ class Device:
 
         monkeypatch.setattr(reserve, "PagedKVCache", allocate)
         monkeypatch.setattr(reserve, "_memory_bytes", lambda device: 2**40)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 10**9, 2**40))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 10**9, 2**40))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**9)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 10**9)
 
 
 def test_a_gpu_cache_is_rounded_up_where_that_fits(executor, monkeypatch):

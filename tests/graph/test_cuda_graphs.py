@@ -1,6 +1,7 @@
 """Which launches are captured, replayed and forgotten; with stand-ins for torch's graphs, so that no GPU is needed."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ class Device:
         self.log = []
         self.capturing = None
         self.error = None
+        self.streams = []
 
     def launch(self, name):
         (self.log if self.capturing is None else self.capturing).append(name)
@@ -46,6 +48,8 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", device.streams.append)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     return device
@@ -86,6 +90,8 @@ def test_what_cannot_be_captured_is_launched_plainly(device):
     device.error = None
     for key in ("a", "b", "b"):
         graphs.run(key, lambda key=key: device.launch(key))
+    assert device.streams == ["the caller's stream"]
+    assert gc.isenabled()
     # every step ran exactly once
     assert device.log == ["a", "b", "a", "b", "b"]
 

@@ -1,6 +1,8 @@
 """generate() on the cuda executor in triton's interpreter: the device chooses the tokens of the eager executor."""
 
+import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from gpt2rt.cache import PagedKVCache, Sequence
 from gpt2rt.errors import NumericsError
 from gpt2rt.generation.random import uniform
 from gpt2rt.graph import StepBatch
+from gpt2rt.graph.cuda import CudaExecutor
 from gpt2rt.graph.device_loop import RING, DeviceLoop, SamplingRows
 
 pytestmark = pytest.mark.kernel
@@ -154,6 +157,37 @@ def test_a_loop_follows_the_host_when_it_goes_elsewhere(model):
     loop.close()
     sequence.free()
     assert cache.pool.num_free == 8
+
+
+def test_an_executor_that_nobody_uses_goes_at_once(model):
+    """A circle of references would keep its weights on the device until the garbage collector comes by."""
+    plan = model.build_graph()
+    executor = CudaExecutor(plan)
+    sequence = Sequence(PagedKVCache(plan.n_layer, plan.n_head, plan.head_dim, 4))
+    loop = DeviceLoop(executor, sequence.cache, 1)
+    loop.start([1], [sequence], [40])
+    loop.launch()
+    loop.read()
+    loop.close()
+    gone = weakref.ref(executor)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        del loop, executor
+        assert gone() is None
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def test_what_inference_mode_made_is_of_use_outside(model):
+    twin = GPT2LMHeadModel(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    twin.generation_executor("cuda")
+    options = {"max_new_tokens": 2, "do_sample": True, "seed": 4, "pad_token_id": 0}
+    with torch.inference_mode():
+        inside = twin.generate([[5]], **options)
+    assert torch.equal(twin.generate([[5]], **options), inside)
 
 
 def test_a_loop_draws_what_the_host_would(model):
