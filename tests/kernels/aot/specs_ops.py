@@ -69,8 +69,8 @@ def _norm_rows(n: int, dtype: torch.dtype, wide_loads: int, *, pdl: bool = False
     x, rows, out = _empty(64, n, dtype=F32), _empty(64, dtype=torch.int64), _empty(64, n, dtype=dtype)
     norm = Norm(_empty(n, dtype=dtype), _empty(n, dtype=dtype), 1e-5)
     name = f"norm_rows n={n} {NAMES[dtype]}{' pdl' if pdl else ''}"
-    call = lambda: norm_rows_triton(x, norm, out, rows=None if pdl else rows, pdl=pdl)  # noqa: E731
-    return Spec(name, call, (wide_loads,), pdl=pdl)
+    chosen = None if pdl else rows
+    return Spec(name, lambda: norm_rows_triton(x, norm, out, rows=chosen, pdl=pdl), (wide_loads,), pdl=pdl)
 
 
 def _advance(num_rows: int) -> Spec:
