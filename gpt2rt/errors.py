@@ -32,3 +32,23 @@ class CacheFullError(RuntimeError):
 
 class OutOfBlocksError(CacheFullError):
     """The block pool has fewer free blocks than an allocation needs; nothing was allocated."""
+
+
+class QueueFullError(RuntimeError):
+    """An engine has as many requests waiting as it may have; nothing was queued.
+
+    Attributes:
+        retry_after: seconds after which another attempt is worth it.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RequestFailedError(RuntimeError):
+    """A step of one request raised, and ended that request alone; ``__cause__`` says what went wrong."""
+
+
+class EngineDeadError(RuntimeError):
+    """The engine has stopped for good, by a fault or a shutdown; it takes no requests and ends those it had."""

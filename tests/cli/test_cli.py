@@ -309,7 +309,11 @@ def test_reader_that_goes_away(checkpoint):
 
 
 WAITS = """
+import signal
 import time
+
+# a shell that starts the tests in the background lets its children ignore the signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from gpt2rt import cli
 from gpt2rt.cli import generate
 
