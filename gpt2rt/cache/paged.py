@@ -148,13 +148,36 @@ class Sequence:
         self.cache = cache
         self.blocks: list[int] = []
         self.length = 0
-        # the last block may be shared with a fork: look before writing to it
+        # the last block may be shared with a fork or a prefix index: look before writing to it
         self._tail_may_be_shared = False
+
+    def adopt(self, blocks: list[int], num_tokens: int) -> None:
+        """Start with tokens that are in the cache already, as ``PrefixIndex.lookup`` finds them.
+
+        Args:
+            blocks: their blocks in order, with a reference to each, which becomes the sequence's.
+            num_tokens: how many; a last block that they do not fill is copied before it is written to.
+
+        Raises:
+            ValueError: the sequence has tokens, or these tokens do not take that many blocks; the references stay with
+                the caller.
+        """
+        if self.length or self.blocks:
+            raise ValueError(
+                f"only an empty sequence can adopt blocks, this one has {self.length} tokens; free it first"
+            )
+        if num_tokens < 0 or self.cache.blocks_for(num_tokens) != len(blocks):
+            raise ValueError(
+                f"{num_tokens} tokens in blocks of {self.cache.block_size} do not take the {len(blocks)} blocks given"
+            )
+        self.blocks = list(blocks)
+        self.length = num_tokens
+        self._tail_may_be_shared = True
 
     def append(self, num_tokens: int) -> list[int]:
         """Reserve room for the next tokens and return their slots.
 
-        A last block that is shared with a fork is copied first (copy on write).
+        A last block that is shared with a fork or a prefix index is copied first (copy on write).
 
         Args:
             num_tokens: how many, at least 0.
@@ -200,7 +223,8 @@ class Sequence:
         if self.blocks[keep:]:
             self.cache.pool.free(self.blocks[keep:])
             del self.blocks[keep:]
-            # the block that is last now was full before: a fork may hold it too
+        if length < self.length:
+            # the block that is last now may have been full before: a fork or a prefix index may hold it too
             self._tail_may_be_shared = True
         self.length = length
 
