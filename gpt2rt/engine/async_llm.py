@@ -1,0 +1,474 @@
+"""``AsyncLLM``: the engine in a thread of its own, for programs with an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable
+from typing import Any
+
+import torch
+
+from gpt2rt.errors import EngineDeadError
+
+from .config import EngineConfig, split_options
+from .core import EngineCore
+from .frontend import Frontend
+from .inputs import Prompt, prompt_parts
+from .outputs import PoolingRequestOutput, RequestOutput
+from .params import PoolingParams, RequestOutputKind, SamplingParams
+from .request import Output, Request
+from .served import ServedModel
+from .stats import EngineStats, IterationStats
+
+_LOG = logging.getLogger("gpt2rt.engine")
+_DEFAULT_MODEL = "gpt2rt/tiny-gpt2"
+# texts up to so many characters are tokenised on the event loop: a thread costs more
+_SHORT_TEXT = 2048
+# by default a step with prompt tokens may take twice as long as one without
+_PREFILL_SLOWDOWN = 2.0
+
+
+class AsyncLLM:
+    """A model that answers requests as they come, each by an asynchronous iterator of outputs.
+
+    Names are those of vLLM's ``AsyncLLM``. The engine runs in one thread; the methods may be called from any number of
+    event loops and threads. A reader that falls behind gets what it missed in one output, so what waits for it is
+    bounded by its own request.
+
+    Args:
+        model, tokenizer, task, config, options: as for :class:`LLM`; ``max_num_queued_reqs`` is 256 and
+            ``prefill_slowdown`` 2 unless given.
+
+    Attributes:
+        config: the settings.
+        observer: is called in the engine's thread with what each step did.
+
+    Raises:
+        OSError, ValueError, TypeError: as :class:`LLM`.
+    """
+
+    def __init__(
+        self,
+        model: Any = _DEFAULT_MODEL,
+        *,
+        tokenizer: Any = None,
+        task: str | None = None,
+        config: EngineConfig | None = None,
+        **options: Any,
+    ) -> None:
+        settings, loading = split_options(options)
+        if config is not None and settings:
+            raise TypeError(f"{', '.join(sorted(settings))} stand in config already; give one of the two")
+        if config is None:
+            config = EngineConfig(**{"prefill_slowdown": _PREFILL_SLOWDOWN, **settings})
+        self.config = config
+        self._served = ServedModel.load(model, tokenizer, config, task=task, **loading)
+        self._frontend = Frontend(self._served)
+        self._core = EngineCore(self._served)
+        self._core.observer = self._observe
+        self.observer: Callable[[IterationStats], None] | None = None
+        self._numbers = itertools.count()
+        # guards what follows, and wakes the engine's thread
+        self._wake = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._stopping = False
+        self._closed = False
+        self._dead: BaseException | None = None
+        self._ready: list[tuple[_Stream, Output]] = []
+        self._thread = threading.Thread(target=self._run, name="gpt2rt-engine", daemon=True)
+        self._thread.start()
+
+    # ---- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the model; None without one."""
+        return self._served.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """What was loaded."""
+        return self._served.name
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        return self._served.model
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens of a request, prompt and output."""
+        return self._served.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the model."""
+        return self._served.vocab_size
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        """What the model can do: "generate", "embed", "token_embed", "classify", "token_classify", "score"."""
+        return self._served.tasks
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the KV cache."""
+        return self._core.cache.pool.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self._core.cache.block_size
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        """What keys and values are stored in, such as "float32"."""
+        return str(self._core.cache.data.dtype).removeprefix("torch.")
+
+    @property
+    def executor_name(self) -> str:
+        """ "cpu", "cuda" or "eager"."""
+        return self._served.executor.name
+
+    def stats(self) -> EngineStats:
+        """What it does now, and the sums of all it did."""
+        return self._core.stats()
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        split_special_tokens: bool | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Continue a prompt.
+
+        Args:
+            prompt: a text, its token ids, ``{"prompt": ...}`` or ``{"prompt_token_ids": ...}``.
+            sampling_params: None: :class:`SamplingParams`'s defaults.
+            request_id: a name for :meth:`abort`; None: a new one.
+            priority: the smaller goes first.
+            cache_salt: prefixes are shared only with prompts of the same salt.
+            split_special_tokens: read names of special tokens as ordinary text; None: as the tokenizer is set.
+
+        Yields:
+            Outputs, as ``output_kind`` says; the last is ``finished``. Closing the generator ends the request, and its
+            blocks are free before the next step.
+
+        Raises:
+            RequestError: something is wrong with the request; nothing was begun.
+            QueueFullError: too many requests wait.
+            EngineDeadError: the engine has stopped.
+            NumericsError, RequestFailedError: the request failed on its way.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        stream = await self._begin(prompt, params, request_id, priority, cache_salt, split_special_tokens)
+        stream.aggregate = params.output_kind is RequestOutputKind.DELTA
+        async for output in self._outputs(stream):
+            assert isinstance(output, RequestOutput)
+            yield output
+
+    async def encode(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        split_special_tokens: bool | None = None,
+    ) -> AsyncGenerator[PoolingRequestOutput, None]:
+        """What a task makes of the hidden states of a prompt; arguments and errors as for :meth:`generate`.
+
+        Yields:
+            One output.
+        """
+        stream = await self._begin(prompt, pooling_params, request_id, priority, cache_salt, split_special_tokens)
+        async for output in self._outputs(stream):
+            assert isinstance(output, PoolingRequestOutput)
+            yield output
+
+    async def tokenize(
+        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool | None = None, cut: Any = None
+    ) -> list[int]:
+        """The ids of a text; a long one does not hold up the event loop.
+
+        Args:
+            text: any.
+            add_special_tokens: as the tokenizer adds them by itself.
+            split_special_tokens: read names of special tokens as ordinary text; None: as the tokenizer is set.
+            cut: the request's parameters, whose ``truncate_prompt_tokens`` allows any length.
+
+        Raises:
+            RequestError: there is no tokenizer, or the text cannot be encoded or is far too long for the model.
+        """
+
+        def encode() -> list[int]:
+            return self._frontend.encode(
+                text, cut, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens
+            )
+
+        if len(text) <= _SHORT_TEXT:
+            return encode()
+        return await asyncio.to_thread(encode)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests: their streams end with ``finish_reason`` "abort". Names of no request are passed over."""
+        names = [request_id] if isinstance(request_id, str) else list(request_id)
+        self._submit(lambda: [self._core.abort(name) for name in names])
+
+    async def _begin(
+        self, prompt: Any, params: Any, request_id: str | None, priority: int, salt: str | None, split: bool | None
+    ) -> _Stream:
+        self._check_alive()
+        text, ids = prompt_parts(prompt)
+        if ids is None:
+            assert text is not None
+            ids = await self.tokenize(text, split_special_tokens=split, cut=params)
+        name = f"req-{next(self._numbers)}" if request_id is None else request_id
+        stream = _Stream(asyncio.get_running_loop())
+        with self._wake:
+            self._check_alive()
+            request = self._frontend.make(
+                ids,
+                params,
+                lambda output: self._ready.append((stream, output)),
+                request_id=name,
+                prompt=text,
+                priority=priority,
+                salt=salt,
+            )
+        stream.request = request
+        if not self._submit(lambda: self._add(stream, request)):
+            self._check_alive()
+        try:
+            # refusals come before the first output
+            await stream.accepted
+        except BaseException:
+            self._submit(lambda: self._end(request))
+            raise
+        return stream
+
+    async def _outputs(self, stream: _Stream) -> AsyncGenerator[Output, None]:
+        try:
+            while True:
+                output = await stream.next()
+                if output.error is not None:
+                    raise output.error
+                yield output
+                if output.finished:
+                    return
+        finally:
+            request = stream.request
+            if request is not None and not request.finished:
+                self._submit(lambda: self._end(request))
+
+    def _end(self, request: Request) -> None:
+        # another request may have the name by now
+        if self._core.requests.get(request.request_id) is request:
+            self._core.abort(request.request_id)
+
+    # ---- health ----------------------------------------------------------------------------------------------------
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine has stopped by a fault."""
+        return self._dead is not None
+
+    @property
+    def dead_error(self) -> BaseException | None:
+        """What stopped it."""
+        return self._dead
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes requests."""
+        return self._dead is None and not self._stopping
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError if the engine has stopped."""
+        self._check_alive()
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"the engine has stopped: {type(self._dead).__name__}: {self._dead}") from self._dead
+        if self._stopping:
+            raise EngineDeadError("the engine was shut down")
+
+    async def drain(self, timeout: float) -> bool:
+        """Wait until no request is unfinished.
+
+        Args:
+            timeout: seconds.
+
+        Returns:
+            Whether it came to that.
+        """
+        end = time.monotonic() + timeout
+        while (self._core.has_unfinished or self._inbox) and self._dead is None:
+            if time.monotonic() >= end:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def shutdown(self) -> None:
+        """End all requests (``finish_reason`` "abort") and the thread; may be called again."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # ---- the engine's thread -----------------------------------------------------------------------------------------
+
+    def _submit(self, task: Callable[[], Any]) -> bool:
+        """Let the engine's thread do something before its next step; False: it has ended."""
+        with self._wake:
+            if self._closed:
+                return False
+            self._inbox.append(task)
+            self._wake.notify()
+            return True
+
+    def _add(self, stream: _Stream, request: Request) -> None:
+        try:
+            self._check_alive()
+            self._core.add(request)
+        except Exception as error:
+            request.finished = True
+            stream.call(stream.refuse, error)
+        else:
+            stream.call(stream.accept)
+
+    def _observe(self, iteration: IterationStats) -> None:
+        if self.observer is not None:
+            self.observer(iteration)
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._turn():
+                    pass
+                self._core.abort_all()
+        except BaseException as error:
+            _LOG.critical("the engine has stopped", exc_info=True)
+            self._dead = error
+            self._bury(error)
+        finally:
+            self._deliver()
+            self._refuse_rest()
+
+    def _turn(self) -> bool:
+        """Take in what came, and make a step; False: the engine is to stop."""
+        with self._wake:
+            while not (self._inbox or self._stopping or self._core.has_unfinished):
+                self._wake.wait()
+            tasks = list(self._inbox)
+            self._inbox.clear()
+            if self._stopping:
+                self._inbox.extend(tasks)
+                return False
+        for task in tasks:
+            task()
+        if self._core.has_unfinished:
+            self._core.step()
+        self._deliver()
+        return True
+
+    def _deliver(self) -> None:
+        """Give outputs to their streams, with one call for each event loop."""
+        if not self._ready:
+            return
+        ready, self._ready = self._ready, []
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Output]]] = {}
+        for stream, output in ready:
+            by_loop.setdefault(stream.loop, []).append((stream, output))
+        for loop, outputs in by_loop.items():
+            _call(loop, _put_all, outputs)
+
+    def _bury(self, error: BaseException) -> None:
+        """Tell all requests that the engine has stopped."""
+        dead = EngineDeadError(f"the engine has stopped: {type(error).__name__}: {error}")
+        dead.__cause__ = error
+        try:
+            self._core.abort_all(dead)
+        except Exception:
+            _LOG.exception("requests of a stopped engine cannot be ended")
+
+    def _refuse_rest(self) -> None:
+        """Requests that came while the engine was stopping."""
+        with self._wake:
+            self._stopping = self._closed = True
+            tasks = list(self._inbox)
+            self._inbox.clear()
+        for task in tasks:
+            try:
+                task()
+            except Exception:
+                _LOG.exception("what was left to do when the engine stopped failed")
+
+
+class _Stream:
+    """What one reader has not read yet, merged into one output; all but ``call`` run on the reader's event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.request: Request | None = None
+        self.aggregate = False
+        self.accepted: asyncio.Future[None] = loop.create_future()
+        self._output: Output | None = None
+        self._news = asyncio.Event()
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run something on the reader's event loop."""
+        _call(self.loop, function, *arguments)
+
+    def accept(self) -> None:
+        """The engine has taken the request."""
+        if not self.accepted.done():
+            self.accepted.set_result(None)
+
+    def refuse(self, error: Exception) -> None:
+        """The engine does not take the request."""
+        if not self.accepted.done():
+            self.accepted.set_exception(error)
+
+    def put(self, output: Output) -> None:
+        """Something new; merged with what was not read yet."""
+        before = self._output
+        if isinstance(before, RequestOutput) and isinstance(output, RequestOutput):
+            before.add(output, aggregate=self.aggregate)
+        else:
+            self._output = output
+        self._news.set()
+
+    async def next(self) -> Output:
+        """What is new."""
+        await self._news.wait()
+        self._news.clear()
+        output, self._output = self._output, None
+        assert output is not None
+        return output
+
+
+def _put_all(outputs: list[tuple[_Stream, Output]]) -> None:
+    for stream, output in outputs:
+        stream.put(output)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        # the loop is closed: nobody reads any more
+        _LOG.debug("an event loop was closed before its requests ended")

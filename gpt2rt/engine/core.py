@@ -1,0 +1,510 @@
+"""The engine's loop: schedule, run a step, choose tokens, hand out what is new.
+
+Everything here runs in one thread. A fault of one request ends that request: a step that raises is run again for each
+of its branches alone, and whatever is done for one branch is done inside its own guard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from gpt2rt.cache import PrefixIndex
+from gpt2rt.errors import NumericsError, QueueFullError, RequestError, RequestFailedError
+from gpt2rt.graph import StepOutput
+
+from .batch import Item, StepBuffers
+from .logprobs import TokenTexts, as_logprobs, prompt_logprobs
+from .output_text import OutputText
+from .pacing import PrefillPacer
+from .params import PoolingParams
+from .request import Branch, Request
+from .runner import Group, Row, StepRunner, logits_of
+from .sampler import Sampled, Sampler, SamplingRow
+from .scheduler import Scheduler
+from .served import ServedModel
+from .stats import EngineStats, FinishedRequest, IterationStats
+
+_LOG = logging.getLogger("gpt2rt.engine")
+
+
+class EngineCore:
+    """Runs requests to their ends.
+
+    Args:
+        served: the model.
+
+    Attributes:
+        cache: keys and values.
+        scheduler: who waits and who runs.
+        requests: unfinished ones, by name.
+        observer: is told what each step did; None: nobody is.
+
+    Raises:
+        RequestError, ValueError: the cache does not fit, see :meth:`ServedModel.new_cache`.
+    """
+
+    def __init__(self, served: ServedModel) -> None:
+        config = served.config
+        self.served = served
+        self.cache = served.new_cache()
+        self._index = PrefixIndex(self.cache) if config.enable_prefix_caching else None
+        self._pacer = PrefillPacer(config.prefill_slowdown)
+        self.scheduler = Scheduler(
+            self.cache,
+            self._index,
+            max_num_seqs=config.max_num_seqs,
+            max_tokens=config.step_tokens,
+            pacer=self._pacer,
+        )
+        max_blocks = self.cache.blocks_for(served.max_model_len)
+        buffers = StepBuffers(config.step_tokens, config.max_num_seqs, max_blocks, served.device)
+        self._runner = StepRunner(
+            served.executor, self.cache, buffers, lambda item, error: self._fail(item.branch.request, error)
+        )
+        self._sampler = Sampler(served.vocab_size, served.device, capacity=config.max_num_seqs)
+        # of the last step, so that nothing is prepared again while they stay the same
+        self._sampling: list[SamplingRow | None] = []
+        self._texts = TokenTexts(served.tokenizer)
+        self.requests: dict[str, Request] = {}
+        self._queued_tokens = 0
+        self.observer: Callable[[IterationStats], None] | None = None
+        self._iteration = IterationStats()
+        self._totals = EngineStats(0, 0, self.cache.pool.num_blocks, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, {})
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def check_room(self, num_prompts: int, num_tokens: int) -> None:
+        """Whether so many more may wait.
+
+        Raises:
+            QueueFullError: they may not.
+        """
+        config = self.served.config
+        waiting = sum(1 for branch in self.scheduler.waiting if not branch.output_ids)
+        # those that can run at once need not wait
+        free = max(0, config.max_num_seqs - len(self.scheduler.running) - waiting)
+        if config.max_num_queued_reqs is not None and waiting + num_prompts - free > config.max_num_queued_reqs:
+            raise QueueFullError(
+                f"{waiting} requests wait already, and at most {config.max_num_queued_reqs} may "
+                "(max_num_queued_reqs); try again later"
+            )
+        most = config.queued_tokens(self.served.max_model_len)
+        if most is not None and waiting and self._queued_tokens + num_tokens > most:
+            raise QueueFullError(
+                f"{self._queued_tokens} prompt tokens wait already, and at most {most} may (max_num_queued_tokens); "
+                "try again later"
+            )
+
+    def add(self, request: Request) -> None:
+        """Take a request in.
+
+        Raises:
+            RequestError: another unfinished one has its name, or the cache is too small for it.
+            QueueFullError: too many wait.
+        """
+        if request.request_id in self.requests:
+            raise RequestError(f"request_id {request.request_id!r} is in use by an unfinished request; choose another")
+        # the last token is never computed
+        longest = len(request.prompt_ids) + max(request.max_tokens - 1, 0)
+        needed, have = self.cache.blocks_for(longest), self.cache.pool.num_blocks
+        if needed > have:
+            raise RequestError(
+                f"the request needs up to {needed} KV blocks of {self.cache.block_size} tokens for its {longest} "
+                f"tokens, but the engine has {have} in all; shorten it, or raise num_blocks"
+            )
+        self.check_room(1, len(request.prompt_ids))
+        branch = self._new_branch(request, 0)
+        self.requests[request.request_id] = request
+        self._queued_tokens += len(request.prompt_ids)
+        self.scheduler.add(branch)
+
+    def _new_branch(self, request: Request, index: int) -> Branch:
+        branch = Branch(request, index)
+        params = request.sampling
+        if params is not None:
+            branch.row = SamplingRow(
+                params,
+                seed=request.seed,
+                request=request.key,
+                choice=index,
+                prompt_ids=request.prompt_ids,
+                output_ids=branch.output_ids,
+                eos_token_ids=self.served.eos_token_ids,
+                tokenizer=self.served.tokenizer,
+            )
+            if params.detokenize:
+                branch.text = OutputText(self.served.tokenizer, request.prompt_ids, params)
+            if params.logprobs is not None:
+                branch.logprobs = []
+        request.branches.append(branch)
+        return branch
+
+    def abort(self, request_id: str, reason: str = "abort") -> bool:
+        """End a request; its blocks are free at once. False: there is none of this name."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return False
+        self._end(request, reason)
+        return True
+
+    def abort_all(self, error: Exception | None = None) -> None:
+        """End all requests."""
+        for request in list(self.requests.values()):
+            request.error = error
+            self._end(request, "abort" if error is None else "error")
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.requests)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """End a request by its own fault."""
+        if request.finished:
+            return
+        if isinstance(error, NumericsError):
+            self._iteration.corrupted += 1
+            if self._index is not None:
+                # what it computed may be as wrong
+                self._index.clear()
+        if not isinstance(error, (NumericsError, RequestError)):
+            wrapped = RequestFailedError(f"the request failed: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        request.error = error
+        self._end(request, "error")
+
+    def _end(self, request: Request, reason: str) -> None:
+        """Finish all branches of a request that still go on, and hand out its last output."""
+        for branch in request.branches:
+            if branch.finish_reason is None:
+                branch.finish_reason = reason
+                if branch.text is not None:
+                    try:
+                        branch.text.end()
+                    except Exception:
+                        _LOG.exception("the text of %r cannot be completed", branch)
+            self._leave(branch)
+        self._finish(request)
+        try:
+            self._emit(request)
+        except Exception:
+            _LOG.exception("the last output of request %r cannot be handed out", request.request_id)
+
+    def _leave(self, branch: Branch) -> None:
+        """Take a branch out of everything."""
+        self.scheduler.remove(branch)
+        if branch.row is not None:
+            self._sampler.release(branch.row)
+
+    def _finish(self, request: Request) -> None:
+        request.finished = True
+        if self.requests.pop(request.request_id, None) is None:
+            return
+        if request.metrics.first_scheduled_time is None:
+            self._queued_tokens -= len(request.prompt_ids)
+        metrics = request.metrics
+        now = metrics.finished_time = time.monotonic()
+        reason = request.branches[0].finish_reason or "abort"
+        totals = self._totals
+        totals.finished[reason] = totals.finished.get(reason, 0) + 1
+        if self.observer is None:
+            return
+        started = metrics.first_scheduled_time or now
+        first = metrics.first_token_time or now
+        last = metrics.last_token_time or first
+        counts = [len(branch.output_ids) for branch in request.branches]
+        params = request.sampling
+        self._iteration.finished.append(
+            FinishedRequest(
+                finish_reason=reason,
+                num_prompt_tokens=len(request.prompt_ids),
+                num_generation_tokens=sum(counts),
+                e2e_latency=now - request.arrival_time,
+                queue_time=started - request.arrival_time,
+                prefill_time=first - started,
+                decode_time=last - first,
+                time_per_output_token=(last - first) / (max(counts) - 1) if max(counts) > 1 else None,
+                max_tokens=None if params is None else params.max_tokens,
+                n=request.num_choices,
+                has_error=request.error is not None,
+            )
+        )
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Compute the next tokens of all who can go on; outputs go to the requests' sinks."""
+        scheduler = self.scheduler
+        items = scheduler.schedule()
+        iteration = self._iteration
+        if scheduler.preempted:
+            iteration.num_preemptions += len(scheduler.preempted)
+            for branch in scheduler.preempted:
+                branch.request.metrics.num_preemptions += 1
+                assert branch.row is not None or branch.request.sampling is None
+                if branch.row is not None:
+                    self._sampler.release(branch.row)
+        for branch, error in list(scheduler.failed):
+            self._fail(branch.request, error)
+        # a failed request may have had other branches in this step
+        items = [item for item in items if item.branch.sequence is not None] if scheduler.failed else items
+        if items:
+            self._compute(items)
+        self._report()
+
+    def _compute(self, items: list[Item]) -> None:
+        began = time.monotonic()
+        num_prompt = 0
+        for item in items:
+            request = item.branch.request
+            if item.count > 1 or not item.branch.output_ids:
+                num_prompt += item.count
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = began
+                request.metrics.num_cached_tokens = item.branch.num_cached
+                self._queued_tokens -= len(request.prompt_ids)
+        rows, forks = self._next_rows(items)
+        self._set_rows(rows)
+        groups = self._runner.run(items, rows, self._sampler.best_count if rows else 0)
+        now = time.monotonic()
+        self._pacer.note(now - began, self.scheduler.num_decoding, num_prompt)
+        live = groups[0].items if len(groups) == 1 else [item for group in groups for item in group.items]
+        for item in live:
+            item.branch.num_computed += item.count
+        if len(live) < len(items):
+            kept = set(map(id, live))
+            rows = [row for row in rows if id(row.item) in kept]
+            forks = [fork for fork in forks if fork.request.error is None]
+            self._set_rows(rows)
+        for branch in forks:
+            self._fork(branch)
+        for group in groups:
+            self._take_wide(group)
+        if rows:
+            self._choose(rows, groups, now)
+        self._remember(live)
+        self._hand_out([row.branch for row in rows])
+        self._hand_out([item.branch for item in live if item.branch.row is None and item.branch.finish_reason])
+        self._iteration.num_tokens += sum(item.count for item in live)
+
+    def _next_rows(self, items: list[Item]) -> tuple[list[Row], list[Branch]]:
+        """The branches that get a token after this step, and those of which further choices begin with it."""
+        rows: list[Row] = []
+        forks: list[Branch] = []
+        for item in items:
+            branch = item.branch
+            if branch.row is None or not item.complete:
+                continue
+            rows.append(Row(branch, item))
+            request = branch.request
+            if len(request.branches) < request.num_choices:
+                forks.append(branch)
+                rows += [Row(self._new_branch(request, index), item) for index in range(1, request.num_choices)]
+        return rows, forks
+
+    def _fork(self, branch: Branch) -> None:
+        request = branch.request
+        try:
+            for sibling in request.branches[1:]:
+                self.scheduler.fork(branch, sibling)
+        except Exception as error:
+            self._fail(request, error)
+
+    def _set_rows(self, rows: list[Row]) -> None:
+        sampling = [row.branch.row for row in rows]
+        if sampling != self._sampling:
+            # typed loosely: every branch that is sampled has one
+            self._sampling = sampling
+            self._sampler.set_rows(sampling)  # type: ignore[arg-type]
+
+    # ---- what a step gives -----------------------------------------------------------------------------------------
+
+    def _take_wide(self, group: Group) -> None:
+        """Keep what is wanted of prompt tokens: their log-probabilities, or hidden states."""
+        first = 0
+        for item in group.items:
+            stop = first + item.num_logits
+            request = item.branch.request
+            if item.num_logits and (request.sampling is None or request.needs_prompt_rows):
+                try:
+                    self._take_rows(item, group.output, first, stop)
+                except Exception as error:
+                    self._fail(item.branch.request, error)
+            first = stop
+
+    def _take_rows(self, item: Item, output: StepOutput, first: int, stop: int) -> None:
+        request = item.branch.request
+        if isinstance(request.params, PoolingParams):
+            assert output.hidden is not None
+            hidden = output.hidden[first:stop]
+            if not bool(torch.isfinite(hidden).all()):
+                raise NumericsError("hidden states of the prompt hold NaN or infinity; the weights are damaged")
+            # a single wanted row comes first, and those behind it are not wanted
+            request.rows.append(hidden if request.pooled_place < 0 else hidden[:1])
+            if item.complete:
+                request.pooled = self.served.pool(torch.cat(request.rows), request.params)
+                item.branch.finish_reason = "stop"
+            return
+        assert output.logits is not None
+        assert request.sampling is not None
+        assert request.sampling.prompt_logprobs is not None
+        known = request.prompt_logprobs = request.prompt_logprobs or [None]
+        next_ids = request.prompt_ids[item.start + 1 : item.start + item.count + 1]
+        # after a preemption the first chunks come again
+        if item.start + 1 == len(known) and next_ids:
+            logits = output.logits[first : first + len(next_ids)]
+            found = prompt_logprobs(logits, next_ids, request.sampling.prompt_logprobs)
+            known += [as_logprobs(entry, self._texts) for entry in found]
+
+    # ---- tokens ----------------------------------------------------------------------------------------------------
+
+    def _choose(self, rows: list[Row], groups: list[Group], now: float) -> None:
+        """Give every row its next token."""
+        sampled = None
+        if len(groups) == 1 and groups[0].direct:
+            output = groups[0].output
+            if output.top_ids is not None:
+                assert output.top_logits is not None
+                sampled = self._sampler.sample_best(output.top_ids, output.top_logits)
+                if sampled is None:
+                    sampled = self._sampler.sample(self._runner.all_logits(groups[0]))
+            else:
+                assert output.logits is not None
+                sampled = self._sampler.sample(output.logits)
+        else:
+            sampled = self._sampler.sample(logits_of(rows, groups))
+        for place, row in enumerate(rows):
+            branch = row.branch
+            if branch.request.finished:
+                continue
+            error = sampled.errors.get(place) if sampled.errors else None
+            try:
+                if error is not None:
+                    raise error
+                self._append(branch, sampled.tokens[place], sampled, place, now)
+            except Exception as fault:
+                self._fail(branch.request, fault)
+
+    def _append(self, branch: Branch, token: int, sampled: Sampled, place: int, now: float) -> None:
+        """Give a branch a token, and end it where that token does."""
+        request = branch.request
+        params = request.sampling
+        assert params is not None
+        branch.tokens.append(token)
+        branch.output_ids.append(token)
+        count = len(branch.output_ids)
+        if branch.logprobs is not None:
+            entry = sampled.logprobs[place]
+            branch.cumulative_logprob += entry[token][0]
+            branch.logprobs.append(as_logprobs(entry, self._texts))
+        self._note_time(branch, now)
+        counts = count >= params.min_tokens
+        if counts and not params.ignore_eos and token in self.served.eos_token_ids:
+            branch.finish_reason = "stop"
+        elif counts and params.stop_token_ids and token in params.stop_token_ids:
+            branch.finish_reason, branch.stop_reason = "stop", token
+        ends = branch.finish_reason is not None
+        # a token that ends the text by itself is shown only on request
+        text = branch.text if not ends or params.include_stop_str_in_output else None
+        if text is not None and text.put(token, counts=counts) and not ends:
+            branch.finish_reason, branch.stop_reason = "stop", text.stop_reason
+        if branch.finish_reason is None and count >= request.max_tokens:
+            branch.finish_reason = "length"
+        if branch.finish_reason is not None and branch.text is not None:
+            branch.text.end()
+
+    def _note_time(self, branch: Branch, now: float) -> None:
+        metrics = branch.request.metrics
+        iteration = self._iteration
+        iteration.num_generation_tokens += 1
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+            iteration.num_prompt_tokens += len(branch.request.prompt_ids)
+            iteration.time_to_first_token.append(now - branch.request.arrival_time)
+        elif branch.last_token_time:
+            iteration.inter_token_latency.append(now - branch.last_token_time)
+        branch.last_token_time = metrics.last_token_time = now
+
+    def _remember(self, items: list[Item]) -> None:
+        """Index the blocks that are full now."""
+        index, size = self._index, self.cache.block_size
+        if index is None:
+            return
+        for item in items:
+            branch = item.branch
+            chain, sequence = branch.chain, branch.sequence
+            if chain is not None and sequence is not None and branch.num_computed // size > len(chain):
+                try:
+                    index.insert(branch.tokens, sequence.blocks, chain, branch.num_computed)
+                except Exception as error:
+                    self._fail(branch.request, error)
+
+    def _hand_out(self, branches: list[Branch]) -> None:
+        """Let branches go that have ended, and tell the callers what is new."""
+        seen: Request | None = None
+        for branch in branches:
+            request = branch.request
+            if branch.finish_reason is not None and not request.finished:
+                self._leave(branch)
+            if request is seen or request.finished:
+                continue
+            # choices of a request stand together
+            seen = request
+            if len(request.branches) == request.num_choices and all(b.finish_reason for b in request.branches):
+                for choice in request.branches:
+                    self._leave(choice)
+                self._finish(request)
+            try:
+                self._emit(request)
+            except Exception as error:
+                self._fail(request, error)
+
+    def _emit(self, request: Request) -> None:
+        output = request.output()
+        if output is not None:
+            request.sink(output)
+
+    # ---- what it did -----------------------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        scheduler, iteration, totals = self.scheduler, self._iteration, self._totals
+        iteration.prefix_cache_queries, iteration.prefix_cache_hits = scheduler.queries, scheduler.hits
+        totals.num_steps += 1
+        totals.prompt_tokens += iteration.num_prompt_tokens
+        totals.generation_tokens += iteration.num_generation_tokens
+        totals.num_preemptions += iteration.num_preemptions
+        totals.prefix_cache_queries += iteration.prefix_cache_queries
+        totals.prefix_cache_hits += iteration.prefix_cache_hits
+        totals.corrupted_requests += iteration.corrupted
+        if self.observer is not None:
+            iteration.running, iteration.waiting = len(scheduler.running), len(scheduler.waiting)
+            iteration.kv_cache_usage = 1.0 - scheduler.num_free / totals.num_blocks
+            try:
+                self.observer(iteration)
+            except Exception:
+                _LOG.exception("the observer of the engine failed")
+        self._iteration = IterationStats()
+
+    def stats(self) -> EngineStats:
+        """What it does now, and the sums of all steps."""
+        scheduler = self.scheduler
+        free = scheduler.num_free
+        return dataclasses.replace(
+            self._totals,
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=len(scheduler.waiting),
+            num_free_blocks=free,
+            kv_cache_usage=1.0 - free / self._totals.num_blocks,
+            finished=dict(self._totals.finished),
+        )
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the blocks of earlier prompts, as is due after a change of weights."""
+        if self._index is not None:
+            self._index.clear()

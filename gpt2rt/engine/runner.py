@@ -1,0 +1,152 @@
+"""Runs the parts of a step on the executor; what cannot be computed is found out and left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2rt.cache import PagedKVCache
+from gpt2rt.graph import Executor, StepBatch, StepOutput
+from gpt2rt.graph.cpu import CpuExecutor
+
+from .batch import Item, StepBuffers
+from .request import Branch
+
+_LOG = logging.getLogger("gpt2rt.engine")
+
+
+@dataclasses.dataclass(slots=True)
+class Row:
+    """A branch that gets a token after a step, and the part of the step that its logits come from."""
+
+    branch: Branch
+    item: Item
+
+
+@dataclasses.dataclass(slots=True)
+class Group:
+    """What one call of the executor computed; ``direct``: its rows of logits are those that are sampled."""
+
+    items: list[Item]
+    output: StepOutput
+    direct: bool
+
+
+class StepRunner:
+    """Runs steps.
+
+    Args:
+        executor: of the model.
+        cache: keys and values.
+        buffers: for the batches.
+        fail: is told of a part that cannot be computed, even alone, and why.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        cache: PagedKVCache,
+        buffers: StepBuffers,
+        fail: Callable[[Item, Exception], None],
+    ) -> None:
+        self.executor = executor
+        self._cache = cache
+        self._buffers = buffers
+        self._fail = fail
+        # one call for everything reads the weights once; elsewhere decoding has a faster way of its own
+        self._one_call = executor.name == "cpu"
+
+    def run(self, items: list[Item], rows: list[Row], best_count: int) -> list[Group]:
+        """Compute a step, in as many calls as suit the executor.
+
+        A call that raises is made again for each of its parts alone: it changes nothing but the slots of its own
+        tokens, and those it writes in any case.
+
+        Args:
+            items: its parts, at least one.
+            rows: who is sampled after it.
+            best_count: how many of the best logits suffice for that; 0: all.
+
+        Returns:
+            What was computed; parts that failed are in none of the groups.
+        """
+        if self._one_call or len(items) == 1:
+            return self._run_group(items, len(rows), best_count)
+        # there decoding is one captured graph, and so is a prompt alone
+        decoding = [item for item in items if item.count == 1 and item.num_logits == 1]
+        prompts = [item for item in items if not (item.count == 1 and item.num_logits == 1)]
+        parts = [part for part in (decoding, prompts) if part]
+        whole = len(rows) if len(parts) == 1 else -1
+        return [group for part in parts for group in self._run_group(part, whole, best_count)]
+
+    def all_logits(self, group: Group) -> Tensor:
+        """[num_rows, vocab_size]: the logits of a step of which only the best were computed."""
+        # the same keys and values are written again
+        logits = self.executor.step(self._buffers.lay_out(group.items), self._cache).logits
+        assert logits is not None
+        return logits
+
+    def _run_group(self, items: list[Item], num_rows: int, best_count: int) -> list[Group]:
+        """One call, or one for each part; ``num_rows``: rows that are sampled if it is the whole step, else -1."""
+        try:
+            return [self._call(items, num_rows, best_count)]
+        except Exception as error:
+            if len(items) == 1:
+                self._fail(items[0], error)
+                return []
+            _LOG.warning("a step of %d sequences failed (%s); each is computed alone", len(items), error)
+        groups: list[Group] = []
+        for item in items:
+            # another branch of a request that has failed meanwhile has no blocks any more
+            if item.branch.sequence is not None:
+                groups += self._run_group([item], -1, 0)
+        return groups
+
+    def _call(self, items: list[Item], num_rows: int, best_count: int) -> Group:
+        batch = self._lay_out(items)
+        num_logits = sum(item.num_logits for item in items)
+        options: dict[str, Any] = {}
+        if any(item.num_logits and item.branch.row is None for item in items):
+            options["return_hidden"] = True
+        # every row of logits is one that is sampled, in the same order
+        direct = num_rows == num_logits and all(item.num_logits <= 1 for item in items) and not options
+        if direct and best_count and isinstance(self.executor, CpuExecutor):
+            options["head"] = ("topk", best_count)
+        elif direct and best_count == 1 and self.executor.name == "cuda":
+            options["head"] = "argmax"
+        return Group(items, self.executor.step(batch, self._cache, **options), direct)
+
+    def _lay_out(self, items: list[Item]) -> StepBatch:
+        batch = self._buffers.lay_out(items)
+        if batch.logits_indices.numel() or self._one_call:
+            return batch
+        # kernels are not launched on nothing: a row of logits that nobody looks at
+        items[-1].num_logits = 1
+        batch = self._buffers.lay_out(items)
+        items[-1].num_logits = 0
+        return batch
+
+
+def logits_of(rows: list[Row], groups: list[Group]) -> Tensor:
+    """[len(rows), vocab_size]: the logits after the last token of each row's item."""
+    places: dict[int, int] = {}
+    parts: list[Tensor] = []
+    first = 0
+    for group in groups:
+        logits = group.output.logits
+        if logits is None:
+            continue
+        stop = first
+        for item in group.items:
+            stop += item.num_logits
+            places[id(item)] = stop - 1
+        parts.append(logits)
+        first += logits.size(0)
+    logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+    index = torch.tensor([places[id(row.item)] for row in rows], dtype=torch.int64, device=logits.device)
+    return logits[index]
