@@ -95,6 +95,11 @@ class BlockPool:
         with self._lock:
             return block_pool_free(self.state, _ids(block_ids))
 
+    def reset(self) -> None:
+        """Take all blocks back, whoever holds them."""
+        with self._lock:
+            self.state.copy_(new_block_pool(self.num_blocks))
+
     def __repr__(self) -> str:
         return f"BlockPool({self.num_blocks} blocks, {self.num_free} free)"
 

@@ -199,10 +199,13 @@ class Sequence:
         missing = self.cache.blocks_for(stop) - len(self.blocks)
         new = pool.allocate(missing + copy_tail) if missing + copy_tail > 0 else []
         if copy_tail:
-            tail = new.pop(0)
-            self.cache.copy_block(self.blocks[-1], tail)
-            pool.free([self.blocks[-1]])
-            self.blocks[-1] = tail
+            try:
+                self.cache.copy_block(self.blocks[-1], new[0])
+                pool.free([self.blocks[-1]])
+            except BaseException:
+                pool.free(new)
+                raise
+            self.blocks[-1] = new.pop(0)
         if num_tokens:
             self._tail_may_be_shared = False
         self.blocks.extend(new)

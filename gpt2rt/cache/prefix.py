@@ -287,10 +287,12 @@ class PrefixIndex:
         with self._lock:
             if self._entries:
                 self.pool.free([entry.block for entry in self._entries.values()])
-            self._entries.clear()
-            self._leaves.clear()
-            self._indexed[:] = bytes(len(self._indexed))
-            self._generation += 1
+            self._forget()
+
+    def reset(self) -> None:
+        """As :meth:`clear`, but no block is given back: goes with ``BlockPool.reset``, which takes them all."""
+        with self._lock:
+            self._forget()
 
     def __repr__(self) -> str:
         return f"PrefixIndex({self.num_cached} blocks, {self.num_evictable} of them unused)"
@@ -313,6 +315,12 @@ class PrefixIndex:
     def _count_unused(self) -> int:
         unused = np.asarray(self._references) == 1
         return int(np.count_nonzero(unused & np.frombuffer(self._indexed, np.bool_)))
+
+    def _forget(self) -> None:
+        self._entries.clear()
+        self._leaves.clear()
+        self._indexed[:] = bytes(len(self._indexed))
+        self._generation += 1
 
     def _link(self, entry: _Entry) -> None:
         self._entries[entry.key] = entry

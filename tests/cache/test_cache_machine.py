@@ -23,6 +23,7 @@ from gpt2rt.errors import OutOfBlocksError
 SIZE = 8
 NUM_BLOCKS = 11
 MAX_LIVE = 5
+WAYS = ["adopt", "hold", "compute", "share the tail"]
 
 PICK = st.integers(0, 11)
 # few and long runs, so that prompts often start alike and often fill blocks
@@ -207,20 +208,23 @@ class CacheMachine(RuleBasedStateMachine):
 
     # ---- sequences ---------------------------------------------------------------------------------------------
 
-    @rule(salt=st.sampled_from([None, None, "a"]), runs=RUNS, adopts=st.booleans(), inserts=st.booleans())
-    def create(self, salt, runs, adopts, inserts):
-        if len(self.live) + len(self.held) >= MAX_LIVE:
-            return
+    @rule(salt=st.sampled_from([None, None, "a"]), runs=RUNS, how=st.sampled_from(WAYS), inserts=st.booleans())
+    @precondition(lambda self: len(self.live) + len(self.held) < MAX_LIVE)
+    def create(self, salt, runs, how, inserts):
         tokens = [token for token, length in runs for _ in range(length)]
-        limit = max(0, len(tokens) - 1)
         chain = self.index.chain(salt)
+        if how == "compute":
+            # as a request does that wants something of each prompt token
+            self.begin(salt, tokens, chain, [], inserts)
+            return
+        limit = len(tokens) if how == "share the tail" else max(0, len(tokens) - 1)
         blocks = self.index.lookup(tokens, chain, limit)
         self.check_lookup(salt, tokens[:limit], blocks)
         assert len(chain) == len(blocks)
-        if not adopts:
+        if how == "hold":
             self.held.append((salt, tokens, chain, blocks))
-            return
-        self.begin(salt, tokens, chain, blocks, inserts)
+        else:
+            self.begin(salt, tokens, chain, blocks, inserts)
 
     def check_lookup(self, salt, tokens, blocks):
         self.model.clock += 1
@@ -237,8 +241,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     def begin(self, salt, tokens, chain, blocks, inserts, stale=False):
         sequence = Sequence(self.cache)
-        sequence.adopt(blocks, len(blocks) * SIZE)
-        known = len(sequence)
+        # the last token is computed in any case, if need be in a copy of the block that has it
+        known = min(len(blocks) * SIZE, max(0, len(tokens) - 1))
+        sequence.adopt(blocks, known)
+        chain.truncate(known // SIZE)
         live = Live(sequence, chain, salt, tokens[:known], self.count(salt, tokens[:known]), stale)
         self.live.append(live)
         if not self.append(live, tokens[known:]):
@@ -267,6 +273,11 @@ class CacheMachine(RuleBasedStateMachine):
         tokens = [token for token, length in runs for _ in range(length)]
         if self.append(live, tokens) and inserts:
             self.insert(live)
+
+    @rule(pick=PICK)
+    @precondition(lambda self: self.live)
+    def insert_one(self, pick):
+        self.insert(self.live[pick % len(self.live)])
 
     @rule(pick=PICK)
     @precondition(lambda self: self.live and len(self.live) + len(self.held) < MAX_LIVE)
@@ -386,10 +397,12 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.pool.num_free + sum(count > 0 for count in references) == NUM_BLOCKS
 
     @invariant()
-    def the_index_is_as_large_as_the_model(self):
-        assert self.index.num_cached == len(self.model.cached)
+    def the_index_holds_what_the_model_holds(self):
+        blocks = {entry.block for entry in self.model.cached.values()}
+        assert {block for block in range(NUM_BLOCKS) if self.index._indexed[block]} == blocks
+        assert self.index.num_cached == len(blocks) == len(self.model.cached)
         assert self.index.num_evictable == len(self.model.unused())
-        assert len(self.index._leaves) <= len(self.model.cached)
+        assert len(self.index._leaves) <= len(blocks)
 
     @invariant()
     def everybody_reads_what_they_computed(self):
