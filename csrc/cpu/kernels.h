@@ -74,6 +74,13 @@ struct Temper {
   float divisor;
 };
 
+// what repeating costs: repetition divides positive scores and multiplies negative ones
+struct Penalties {
+  float repetition;
+  float frequency;  // of each time in the output
+  float presence;
+};
+
 struct Kernels {
   const char* name;
   // y = (x - mean) / sqrt(var + eps) * w + b over n elements; y may be x
@@ -113,6 +120,12 @@ struct Kernels {
   void (*score_weights)(const float* scores, int64_t n, const Temper& temper, float maximum, int64_t* weights);
   // sums[b] = sum of the weights of block b
   void (*block_weight_sums)(const float* scores, int64_t n, const Temper& temper, float maximum, int64_t* sums);
+  // sum of exp(score - maximum); maximum: of the scores, finite
+  double (*exp_sum)(const float* scores, int64_t n, float maximum);
+  // the number of scores above `bound`, from scores and block_maxima
+  int64_t (*count_larger)(const float* scores, int64_t n, const float* maxima, float bound);
+  // y = scores after the penalties for counts (kernels/score_refs.py); y may be scores
+  void (*penalties_row)(const float* scores, const int32_t* counts, int64_t n, const Penalties& penalties, float* y);
 };
 
 extern const Kernels kKernelsPortable;

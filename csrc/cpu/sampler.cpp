@@ -8,21 +8,17 @@
 #include <limits>
 #include <vector>
 
-#include "checks.h"
-#include "kernels.h"
+#include "score_rows.h"
 #include "thread_pool.h"
 
 namespace gpt2rt {
 namespace {
 
-// with more, sums of weights of up to 2^42 would leave int64
-constexpr int64_t kMaxColumns = int64_t{1} << 20;
 constexpr double kUnit = 4398046511104.0;  // 2^42
 // a score this far below the largest weighs nothing: exp(-30) is less than 2^-42
 constexpr float kReach = 30.0f;
 // lists up to this length are sorted as they are
 constexpr size_t kShortList = 256;
-constexpr float kExcluded = -std::numeric_limits<float>::infinity();
 
 struct Settings {
   double temperature;
@@ -61,8 +57,6 @@ struct Scratch {
   std::vector<Ranked> ranked;
   Survivors survivors;
 };
-
-int64_t num_blocks(int64_t n) { return (n + kScoreBlock - 1) / kScoreBlock; }
 
 Temper temper_of(double temperature, float maximum) {
   // a plain quotient could overflow; only differences to the largest score matter. Below the smallest normal float32
@@ -236,7 +230,7 @@ int64_t gather_top_p(const Kernels& k, const float* scores, int64_t n, const Tem
 // The column that a row's number draws; -1 if the row holds what it may not.
 int64_t sample_row(const Kernels& k, const float* scores, int64_t n, const Settings& set, double uniform, bool finite,
                    const int64_t* token_ids, bool partial, Scratch& s) {
-  s.maxima.resize(static_cast<size_t>(num_blocks(n)));
+  s.maxima.resize(static_cast<size_t>(num_score_blocks(n)));
   s.block_sums.resize(s.maxima.size());
   if (!k.block_maxima(scores, n, finite, s.maxima.data())) return -1;
   const float largest = *std::max_element(s.maxima.begin(), s.maxima.end());
@@ -301,27 +295,15 @@ int64_t sample_row(const Kernels& k, const float* scores, int64_t n, const Setti
 
 // ---- the ops
 
-void check_scores(const char* op, const Tensor& scores) {
-  check_dtype(op, "scores", scores, ScalarType::Float);
-  check_dim(op, "scores", scores, 2, "[num_rows, vocab_size]");
-  check_rows(op, "scores", scores);
-  GPT2RT_CHECK(scores.size(1) >= 1 && scores.size(1) <= kMaxColumns, op, ": scores has shape ", shape_text(scores),
-               ", expected rows of 1 to ", kMaxColumns, " tokens");
-}
-
-Tensor new_ids(const Tensor& scores) {
-  return torch::stable::new_empty(scores, torch::headeronly::IntHeaderOnlyArrayRef({scores.size(0)}), ScalarType::Long);
-}
-
 Tensor argmax(const Tensor& scores, bool finite) {
   check_scores("argmax", scores);
   const int64_t rows = scores.size(0), n = scores.size(1), stride = scores.stride(0);
-  Tensor ids = new_ids(scores);
+  Tensor ids = new_rows(scores, {rows}, ScalarType::Long);
   int64_t* out = mutable_data<int64_t>(ids);
   const float* p = data<float>(scores);
   const Kernels& k = kernels();
   parallel_rows(rows, n, [&](int64_t begin, int64_t end) {
-    std::vector<float> maxima(static_cast<size_t>(num_blocks(n)));
+    std::vector<float> maxima(static_cast<size_t>(num_score_blocks(n)));
     for (int64_t r = begin; r < end; ++r) {
       const bool fine = k.block_maxima(p + r * stride, n, finite, maxima.data());
       const float maximum = *std::max_element(maxima.begin(), maxima.end());
@@ -334,13 +316,12 @@ Tensor argmax(const Tensor& scores, bool finite) {
 Tensor sampling_weights(const Tensor& scores) {
   check_scores("sampling_weights", scores);
   const int64_t rows = scores.size(0), n = scores.size(1), stride = scores.stride(0);
-  Tensor weights =
-      torch::stable::new_empty(scores, torch::headeronly::IntHeaderOnlyArrayRef({rows, n}), ScalarType::Long);
+  Tensor weights = new_rows(scores, {rows, n}, ScalarType::Long);
   int64_t* out = mutable_data<int64_t>(weights);
   const float* p = data<float>(scores);
   const Kernels& k = kernels();
   parallel_rows(rows, 16 * n, [&](int64_t begin, int64_t end) {
-    std::vector<float> maxima(static_cast<size_t>(num_blocks(n)));
+    std::vector<float> maxima(static_cast<size_t>(num_score_blocks(n)));
     for (int64_t r = begin; r < end; ++r) {
       const bool fine = k.block_maxima(p + r * stride, n, false, maxima.data());
       const float maximum = *std::max_element(maxima.begin(), maxima.end());
@@ -352,17 +333,6 @@ Tensor sampling_weights(const Tensor& scores) {
     }
   });
   return weights;
-}
-
-// a setting of each row, or null where all have the neutral value
-template <typename T>
-const T* check_setting(const char* name, const std::optional<Tensor>& t, ScalarType type, int64_t rows) {
-  if (!t.has_value()) return nullptr;
-  check_dtype("sample", name, *t, type);
-  check_dim("sample", name, *t, 1, "[num_rows]");
-  check_size("sample", name, *t, 0, rows, "the rows of scores");
-  check_contiguous("sample", name, *t);
-  return data<T>(*t);
 }
 
 void check_range(const char* name, const double* values, int64_t rows, const char* expected, bool (*fine)(double)) {
@@ -378,11 +348,11 @@ Tensor sample(const Tensor& scores, const Tensor& uniforms, const std::optional<
   const char* op = "sample";
   check_scores(op, scores);
   const int64_t rows = scores.size(0), n = scores.size(1), stride = scores.stride(0);
-  const double* numbers = check_setting<double>("uniforms", uniforms, ScalarType::Double, rows);
-  const double* temperatures = check_setting<double>("temperature", temperature, ScalarType::Double, rows);
-  const int64_t* ks = check_setting<int64_t>("top_k", top_k, ScalarType::Long, rows);
-  const double* top_ps = check_setting<double>("top_p", top_p, ScalarType::Double, rows);
-  const double* min_ps = check_setting<double>("min_p", min_p, ScalarType::Double, rows);
+  const double* numbers = check_per_row<double>(op, "uniforms", uniforms, ScalarType::Double, rows);
+  const double* temperatures = check_per_row<double>(op, "temperature", temperature, ScalarType::Double, rows);
+  const int64_t* ks = check_per_row<int64_t>(op, "top_k", top_k, ScalarType::Long, rows);
+  const double* top_ps = check_per_row<double>(op, "top_p", top_p, ScalarType::Double, rows);
+  const double* min_ps = check_per_row<double>(op, "min_p", min_p, ScalarType::Double, rows);
   check_range("uniforms", numbers, rows, "a number from 0 to below 1", [](double v) { return v >= 0.0 && v < 1.0; });
   check_range("temperature", temperatures, rows, "a number above 0 that float32 can hold",
               [](double v) { return v > 0.0 && v <= std::numeric_limits<float>::max(); });
@@ -398,7 +368,7 @@ Tensor sample(const Tensor& scores, const Tensor& uniforms, const std::optional<
     check_contiguous(op, "token_ids", *token_ids);
     ids = data<int64_t>(*token_ids);
   }
-  Tensor chosen = new_ids(scores);
+  Tensor chosen = new_rows(scores, {rows}, ScalarType::Long);
   int64_t* out = mutable_data<int64_t>(chosen);
   const float* p = data<float>(scores);
   const Kernels& k = kernels();

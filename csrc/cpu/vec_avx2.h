@@ -55,6 +55,10 @@ inline float reduce_max(Vec v) {
   return _mm_cvtss_f32(_mm_max_ss(d, _mm_shuffle_ps(d, d, 1)));
 }
 
+typedef double Doubles __attribute__((vector_size(32)));
+inline Doubles widen_low(Vec v) { return (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128(v)); }
+inline Doubles widen_high(Vec v) { return (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)); }
+
 inline float first(Vec v) { return _mm256_cvtss_f32(v); }
 
 inline Vec widen_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }

@@ -50,6 +50,11 @@ inline float reduce_max(Vec v) {
   return _mm_cvtss_f32(_mm_max_ss(d, _mm_shuffle_ps(d, d, 1)));
 }
 
+// the lower and the upper half of the lanes as float64
+typedef double Doubles __attribute__((vector_size(64)));
+inline Doubles widen_low(Vec v) { return (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
+inline Doubles widen_high(Vec v) { return (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)); }
+
 inline float first(Vec v) { return _mm512_cvtss_f32(v); }
 
 inline Vec widen_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }

@@ -55,6 +55,10 @@ inline float reduce_max(Vec v) {
   const float b = v[1] > v[3] ? v[1] : v[3];
   return a > b ? a : b;
 }
+typedef double Doubles __attribute__((vector_size(16)));
+inline Doubles widen_low(Vec v) { return Doubles{v[0], v[1]}; }
+inline Doubles widen_high(Vec v) { return Doubles{v[2], v[3]}; }
+
 inline float first(Vec v) { return v[0]; }
 
 inline float from_bits(uint32_t bits) {

@@ -18,6 +18,7 @@
 #include "kv_cache.h"
 #include "attention.h"
 #include "sampling.h"
+#include "scores.h"
 
 #define GPT2RT_KERNEL_TABLE(isa_name)                                   \
   {                                                                     \
@@ -41,4 +42,7 @@
       .block_maxima = GPT2RT_ISA::block_maxima,                         \
       .score_weights = GPT2RT_ISA::score_weights,                       \
       .block_weight_sums = GPT2RT_ISA::block_weight_sums,               \
+      .exp_sum = GPT2RT_ISA::exp_sum,                                   \
+      .count_larger = GPT2RT_ISA::count_larger,                         \
+      .penalties_row = GPT2RT_ISA::penalties_row,                       \
   }
