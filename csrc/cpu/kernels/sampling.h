@@ -40,7 +40,7 @@ bool block_maxima(const float* scores, int64_t n, bool finite, float* maxima) {
   return sum == sum;
 }
 
-// exp(x) for x in [-40, 0] as mantissa * 2^exponent: the chain of exp() in math.h with every step rounded
+// exp(x) for x in [-87, 0] as mantissa * 2^exponent: the chain of exp() in math.h with every step rounded
 inline void weight_parts(Vec x, Vec& mantissa, Vec& exponent) {
   const Vec n = round_to_int(mul(x, set1(1.44269504088896341f)));
   Vec r = sub(x, mul(n, set1(0.693359375f)));
