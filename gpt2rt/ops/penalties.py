@@ -81,8 +81,8 @@ def penalties(
     Args:
         scores: [num_rows, vocab_size] float32; rows contiguous, any stride between them.
         counts: [num_slots, vocab_size] int32, as :func:`reset_counts` and :func:`count_tokens` leave it.
-        slots: [num_rows] int64, each row's place in ``counts``, below num_slots; negative: the scores stay. The values
-            here and in the penalties are not checked, that would wait for the device.
+        slots: [num_rows] int64, each row's place in ``counts``, below num_slots; negative: the scores stay. On CUDA
+            the values are not checked, that would wait for the device; nor are those of the penalties anywhere.
         repetition: [num_rows] float64, above 0 and finite; 1 changes nothing; None: off.
         frequency: [num_rows] float64, finite; 0 changes nothing; None: off.
         presence: [num_rows] float64, finite; 0 changes nothing; None: off.
@@ -93,6 +93,7 @@ def penalties(
     Raises:
         ValueError: a shape, stride or device does not fit.
         TypeError: a dtype does not fit.
+        IndexError: on the CPU, ``counts`` has no such slot.
     """
     check_rows("penalties", "scores", scores)
     if scores.dtype != torch.float32:
@@ -117,12 +118,13 @@ def count_tokens(counts: Tensor, slots: Tensor, token_ids: Tensor) -> None:
 
     Args:
         counts: [num_slots, vocab_size] int32, is changed.
-        slots: [num_rows] int64, below num_slots, which is not checked; a negative one is skipped.
+        slots: [num_rows] int64, below num_slots, which is not checked on CUDA; a negative one is skipped.
         token_ids: [num_rows] int64; an id outside the vocabulary is skipped.
 
     Raises:
         ValueError: a shape, stride or device does not fit.
         TypeError: a dtype does not fit.
+        IndexError: on the CPU, ``counts`` has no such slot.
     """
     _check_counts("count_tokens", counts)
     if slots.dim() != 1:
@@ -139,16 +141,17 @@ def reset_counts(
 
     Args:
         counts: [num_slots, vocab_size] int32, is changed.
-        slots: [num_seqs] int64, none twice, below num_slots, which is not checked; a negative one is skipped.
+        slots: [num_seqs] int64, none twice, below num_slots, which is not checked on CUDA; a negative one is skipped.
         token_ids: [total] int64, prompt and output of each sequence, one sequence after another; ids outside the
             vocabulary count as no token.
-        starts: [num_seqs + 1] int64, where each sequence begins, and the end of the last; not checked.
+        starts: [num_seqs + 1] int64, where each sequence begins, and the end of the last; not checked on CUDA.
         prompt_lens: [num_seqs] int64, how many tokens of each are its prompt.
         max_len: tokens in the longest sequence.
 
     Raises:
         ValueError: a shape, stride or device does not fit.
         TypeError: a dtype does not fit.
+        IndexError: on the CPU, ``counts`` has no such slot.
     """
     _check_counts("reset_counts", counts)
     if slots.dim() != 1 or token_ids.dim() != 1:
