@@ -219,6 +219,17 @@ def test_bad_rows_have_no_log_probabilities(bad, place):
     assert (best_ids[1:3] == -1).all()
 
 
+def test_no_token_is_nan_in_used_memory():
+    """NaN is what stands in poisoned memory as well, so here freed memory holds ones."""
+    torch.use_deterministic_algorithms(False)
+    scores, token_ids = torch.randn(3, 40), torch.tensor([-1, 40, -1])
+    scores[2] = NAN
+    for _ in range(20):
+        used = [torch.ones(3) for _ in range(20)]
+        del used
+        assert ops.log_probabilities(scores, token_ids)[0].isnan().all()
+
+
 def test_fewer_tokens_than_k_are_left():
     scores = torch.full((2, 500), -INF)
     scores[:, 100], scores[:, 400] = 3.0, 2.0
