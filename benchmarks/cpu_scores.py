@@ -1,7 +1,7 @@
 """What do log-probabilities, penalties, their counts and random numbers cost on this CPU?
 
     python benchmarks/cpu_scores.py                  # rows of GPT-2's vocabulary, one thread
-    python benchmarks/cpu_scores.py --threads 2 --only log_probabilities
+    python benchmarks/cpu_scores.py --rows 64 --only log_probabilities
 
 Each op runs in C++, as its definition in plain torch and, where there is one, as the usual chain of torch operations;
 the ways take turns of 20 calls. Before anything is timed the results are compared: penalties, counts and numbers bit by
