@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import logging
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
@@ -38,7 +41,8 @@ class AsyncLLM:
 
     Names are those of vLLM's ``AsyncLLM``. The engine runs in one thread; the methods may be called from any number of
     event loops and threads. A reader that falls behind gets what it missed in one output, so what waits for it is
-    bounded by its own request.
+    bounded by its own request. A fault that is nobody's alone stops the engine: all requests end with EngineDeadError,
+    and so does every call in a child process after a fork, which has no such thread.
 
     Args:
         model, tokenizer, task, config, options: as for :class:`LLM`; ``max_num_queued_reqs`` is 256 and
@@ -80,8 +84,11 @@ class AsyncLLM:
         self._closed = False
         self._dead: BaseException | None = None
         self._ready: list[tuple[_Stream, Output]] = []
+        # what came out of the inbox and is not done yet
+        self._doing: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._run, name="gpt2rt-engine", daemon=True)
         self._thread.start()
+        _ENGINES.add(self)
 
     # ---- what it is ------------------------------------------------------------------------------------------------
 
@@ -173,10 +180,15 @@ class AsyncLLM:
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         stream = await self._begin(prompt, params, request_id, priority, cache_salt, split_special_tokens)
-        stream.aggregate = params.output_kind is RequestOutputKind.DELTA
-        async for output in self._outputs(stream):
-            assert isinstance(output, RequestOutput)
-            yield output
+        try:
+            finished = False
+            while not finished:
+                output = await self._next(stream)
+                assert isinstance(output, RequestOutput)
+                finished = output.finished
+                yield output
+        finally:
+            self._forsake(stream)
 
     async def encode(
         self,
@@ -194,9 +206,12 @@ class AsyncLLM:
             One output.
         """
         stream = await self._begin(prompt, pooling_params, request_id, priority, cache_salt, split_special_tokens)
-        async for output in self._outputs(stream):
+        try:
+            output = await self._next(stream)
             assert isinstance(output, PoolingRequestOutput)
             yield output
+        finally:
+            self._forsake(stream)
 
     async def tokenize(
         self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool | None = None, cut: Any = None
@@ -237,6 +252,8 @@ class AsyncLLM:
             ids = await self.tokenize(text, split_special_tokens=split, cut=params)
         name = f"req-{next(self._numbers)}" if request_id is None else request_id
         stream = _Stream(asyncio.get_running_loop())
+        # before the engine knows of it: its first outputs may come while this waits to be accepted
+        stream.aggregate = getattr(params, "output_kind", None) is RequestOutputKind.DELTA
         with self._wake:
             self._check_alive()
             request = self._frontend.make(
@@ -259,19 +276,21 @@ class AsyncLLM:
             raise
         return stream
 
-    async def _outputs(self, stream: _Stream) -> AsyncGenerator[Output, None]:
-        try:
-            while True:
-                output = await stream.next()
-                if output.error is not None:
-                    raise output.error
-                yield output
-                if output.finished:
-                    return
-        finally:
-            request = stream.request
-            if request is not None and not request.finished:
-                self._submit(lambda: self._end(request))
+    async def _next(self, stream: _Stream) -> Output:
+        """What a reader gets next, or the error that ended its request."""
+        output = await stream.next()
+        if isinstance(output.error, EngineDeadError):
+            # an exception of its own for each reader
+            self._check_alive()
+        if output.error is not None:
+            raise output.error
+        return output
+
+    def _forsake(self, stream: _Stream) -> None:
+        """A reader reads no more."""
+        request = stream.request
+        if request is not None and not request.finished:
+            self._submit(lambda: self._end(request))
 
     def _end(self, request: Request) -> None:
         # another request may have the name by now
@@ -315,7 +334,7 @@ class AsyncLLM:
             Whether it came to that.
         """
         end = time.monotonic() + timeout
-        while (self._core.has_unfinished or self._inbox) and self._dead is None:
+        while (self._inbox or self._doing or self._core.has_unfinished) and self._dead is None:
             if time.monotonic() >= end:
                 return False
             await asyncio.sleep(0.02)
@@ -360,28 +379,32 @@ class AsyncLLM:
                 while self._turn():
                     pass
                 self._core.abort_all()
+                self._core.settle()
         except BaseException as error:
             _LOG.critical("the engine has stopped", exc_info=True)
             self._dead = error
             self._bury(error)
         finally:
-            self._deliver()
             self._refuse_rest()
+            self._deliver()
 
     def _turn(self) -> bool:
         """Take in what came, and make a step; False: the engine is to stop."""
         with self._wake:
             while not (self._inbox or self._stopping or self._core.has_unfinished):
                 self._wake.wait()
-            tasks = list(self._inbox)
-            self._inbox.clear()
             if self._stopping:
-                self._inbox.extend(tasks)
                 return False
-        for task in tasks:
-            task()
+            self._doing.extend(self._inbox)
+            self._inbox.clear()
+        while self._doing:
+            # one that stops the engine is among those that are told of it
+            self._doing[0]()
+            self._doing.popleft()
         if self._core.has_unfinished:
             self._core.step()
+        else:
+            self._core.settle()
         self._deliver()
         return True
 
@@ -394,27 +417,47 @@ class AsyncLLM:
         for stream, output in ready:
             by_loop.setdefault(stream.loop, []).append((stream, output))
         for loop, outputs in by_loop.items():
-            _call(loop, _put_all, outputs)
+            if not _call(loop, _put_all, outputs):
+                for stream, _ in outputs:
+                    self._desert(stream)
+
+    def _desert(self, stream: _Stream) -> None:
+        """End a request whose reader's event loop was closed."""
+        request = stream.request
+        if request is not None and not request.finished:
+            request.sink = lambda output: None
+            self._end(request)
 
     def _bury(self, error: BaseException) -> None:
         """Tell all requests that the engine has stopped."""
         dead = EngineDeadError(f"the engine has stopped: {type(error).__name__}: {error}")
         dead.__cause__ = error
         try:
-            self._core.abort_all(dead)
+            self._core.reset(dead)
         except Exception:
             _LOG.exception("requests of a stopped engine cannot be ended")
+
+    def _leave_behind(self) -> None:
+        """In a child after a fork: the engine's thread is the parent's."""
+        # the parent's may be held
+        self._wake = threading.Condition()
+        self._stopping = self._closed = True
+        self._dead = self._dead or EngineDeadError(
+            "the engine's thread did not come along when this process was forked; make an AsyncLLM of its own in each "
+            "process"
+        )
 
     def _refuse_rest(self) -> None:
         """Requests that came while the engine was stopping."""
         with self._wake:
             self._stopping = self._closed = True
-            tasks = list(self._inbox)
+            tasks = [*self._doing, *self._inbox]
+            self._doing.clear()
             self._inbox.clear()
         for task in tasks:
             try:
                 task()
-            except Exception:
+            except BaseException:
                 _LOG.exception("what was left to do when the engine stopped failed")
 
 
@@ -466,9 +509,30 @@ def _put_all(outputs: list[tuple[_Stream, Output]]) -> None:
         stream.put(output)
 
 
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> bool:
+    """Run something on an event loop; False: it is closed, nobody reads any more."""
     try:
         loop.call_soon_threadsafe(function, *arguments)
     except RuntimeError:
-        # the loop is closed: nobody reads any more
         _LOG.debug("an event loop was closed before its requests ended")
+        return False
+    return True
+
+
+_ENGINES: weakref.WeakSet[AsyncLLM] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in list(_ENGINES):
+        engine._leave_behind()
+
+
+@atexit.register
+def _before_exit() -> None:
+    # the thread must not be in a step while Python takes apart what the step uses
+    for engine in list(_ENGINES):
+        engine.shutdown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

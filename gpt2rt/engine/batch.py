@@ -114,6 +114,8 @@ class StepBuffers:
         count = len(blocks)
         table = self._arrays["block_table"]
         if self._owners[place] is not sequence or count < self._written[place]:
+            # nobody's while it is written: an interrupt may leave it half done
+            self._owners[place] = None
             table[place, :count] = blocks
             self._owners[place] = sequence
         elif count == self._written[place]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from gpt2rt.cache import PrefixIndex
-from gpt2rt.errors import NumericsError, QueueFullError, RequestError, RequestFailedError
+from gpt2rt.errors import EngineDeadError, NumericsError, QueueFullError, RequestError, RequestFailedError
 from gpt2rt.graph import StepOutput
 
 from .batch import Item, StepBuffers
@@ -23,11 +23,12 @@ from .output_text import OutputText
 from .pacing import PrefillPacer
 from .params import PoolingParams
 from .request import Branch, Request
-from .runner import Group, Row, StepRunner, logits_of
+from .runner import Group, Row, StepRunner
 from .sampler import Sampled, Sampler, SamplingRow
 from .scheduler import Scheduler
 from .served import ServedModel
 from .stats import EngineStats, FinishedRequest, IterationStats
+from .step_sampler import StepSampler
 
 _LOG = logging.getLogger("gpt2rt.engine")
 
@@ -66,9 +67,8 @@ class EngineCore:
         self._runner = StepRunner(
             served.executor, self.cache, buffers, lambda item, error: self._fail(item.branch.request, error)
         )
-        self._sampler = Sampler(served.vocab_size, served.device, capacity=config.max_num_seqs)
-        # of the last step, so that nothing is prepared again while they stay the same
-        self._sampling: list[SamplingRow | None] = []
+        sampler = Sampler(served.vocab_size, served.device, capacity=config.max_num_seqs)
+        self._sampler = StepSampler(sampler, self._runner)
         self._texts = TokenTexts(served.tokenizer)
         self.requests: dict[str, Request] = {}
         self._queued_tokens = 0
@@ -85,15 +85,17 @@ class EngineCore:
             QueueFullError: they may not.
         """
         config = self.served.config
+        most = config.queued_tokens(self.served.max_model_len)
+        if config.max_num_queued_reqs is None and most is None:
+            return
         waiting = sum(1 for branch in self.scheduler.waiting if not branch.output_ids)
         # those that can run at once need not wait
-        free = max(0, config.max_num_seqs - len(self.scheduler.running) - waiting)
+        free = max(0, config.max_num_seqs - len(self.scheduler.running))
         if config.max_num_queued_reqs is not None and waiting + num_prompts - free > config.max_num_queued_reqs:
             raise QueueFullError(
                 f"{waiting} requests wait already, and at most {config.max_num_queued_reqs} may "
                 "(max_num_queued_reqs); try again later"
             )
-        most = config.queued_tokens(self.served.max_model_len)
         if most is not None and waiting and self._queued_tokens + num_tokens > most:
             raise QueueFullError(
                 f"{self._queued_tokens} prompt tokens wait already, and at most {most} may (max_num_queued_tokens); "
@@ -119,9 +121,10 @@ class EngineCore:
             )
         self.check_room(1, len(request.prompt_ids))
         branch = self._new_branch(request, 0)
-        self.requests[request.request_id] = request
-        self._queued_tokens += len(request.prompt_ids)
+        # known only once it is sure to be computed
         self.scheduler.add(branch)
+        self._queued_tokens += len(request.prompt_ids)
+        self.requests[request.request_id] = request
 
     def _new_branch(self, request: Request, index: int) -> Branch:
         branch = Branch(request, index)
@@ -156,7 +159,10 @@ class EngineCore:
         """End all requests."""
         for request in list(self.requests.values()):
             request.error = error
-            self._end(request, "abort" if error is None else "error")
+            try:
+                self._end(request, "abort" if error is None else "error")
+            except Exception:
+                _LOG.exception("request %r cannot be ended in order", request.request_id)
 
     @property
     def has_unfinished(self) -> bool:
@@ -172,29 +178,38 @@ class EngineCore:
             if self._index is not None:
                 # what it computed may be as wrong
                 self._index.clear()
-        if not isinstance(error, (NumericsError, RequestError)):
-            wrapped = RequestFailedError(f"the request failed: {type(error).__name__}: {error}")
-            wrapped.__cause__ = error
-            error = wrapped
-        request.error = error
+        request.error = _as_request_error(error)
         self._end(request, "error")
 
     def _end(self, request: Request, reason: str) -> None:
         """Finish all branches of a request that still go on, and hand out its last output."""
-        for branch in request.branches:
-            if branch.finish_reason is None:
-                branch.finish_reason = reason
-                if branch.text is not None:
-                    try:
-                        branch.text.end()
-                    except Exception:
-                        _LOG.exception("the text of %r cannot be completed", branch)
-            self._leave(branch)
-        self._finish(request)
         try:
-            self._emit(request)
-        except Exception:
-            _LOG.exception("the last output of request %r cannot be handed out", request.request_id)
+            for branch in request.branches:
+                if branch.finish_reason is None:
+                    branch.finish_reason = reason
+                    if branch.text is not None:
+                        try:
+                            branch.text.end()
+                        except Exception:
+                            _LOG.exception("the text of %r cannot be completed", branch)
+                self._leave(branch)
+        finally:
+            # whatever goes wrong, nobody waits for it for ever
+            self._finish(request)
+            self._emit_last(request)
+
+    def reset(self, error: BaseException) -> None:
+        """End all requests and empty the cache, after an exception that left a step in its middle."""
+        self.abort_all(_as_request_error(error))
+        self.requests.clear()
+        self._queued_tokens = 0
+        self.scheduler.clear()
+        # nobody holds a block any more, whatever was half done
+        if self._index is not None:
+            self._index.reset()
+        self.cache.pool.reset()
+        self._sampler.forget()
+        self._iteration = IterationStats()
 
     def _leave(self, branch: Branch) -> None:
         """Take a branch out of everything."""
@@ -245,15 +260,19 @@ class EngineCore:
         iteration = self._iteration
         if scheduler.preempted:
             iteration.num_preemptions += len(scheduler.preempted)
+            # the next step prepares for its rows again, though they may be the same
+            self._sampler.forget()
             for branch in scheduler.preempted:
                 branch.request.metrics.num_preemptions += 1
-                assert branch.row is not None or branch.request.sampling is None
+                # a pooled prompt is computed from its start
+                branch.request.rows.clear()
                 if branch.row is not None:
                     self._sampler.release(branch.row)
         for branch, error in list(scheduler.failed):
             self._fail(branch.request, error)
-        # a failed request may have had other branches in this step
-        items = [item for item in items if item.branch.sequence is not None] if scheduler.failed else items
+        if scheduler.failed or scheduler.preempted:
+            # a failed request may have had other branches in this step
+            items = [item for item in items if item.branch.sequence is not None]
         if items:
             self._compute(items)
         self._report()
@@ -270,8 +289,9 @@ class EngineCore:
                 request.metrics.num_cached_tokens = item.branch.num_cached
                 self._queued_tokens -= len(request.prompt_ids)
         rows, forks = self._next_rows(items)
-        self._set_rows(rows)
-        groups = self._runner.run(items, rows, self._sampler.best_count if rows else 0)
+        if not items:
+            return
+        groups = self._runner.run(items, rows, self._sampler.best_count(rows))
         now = time.monotonic()
         self._pacer.note(now - began, self.scheduler.num_decoding, num_prompt)
         live = groups[0].items if len(groups) == 1 else [item for group in groups for item in group.items]
@@ -279,9 +299,8 @@ class EngineCore:
             item.branch.num_computed += item.count
         if len(live) < len(items):
             kept = set(map(id, live))
-            rows = [row for row in rows if id(row.item) in kept]
-            forks = [fork for fork in forks if fork.request.error is None]
-            self._set_rows(rows)
+            rows = [row for row in rows if id(row.item) in kept and not row.branch.request.finished]
+            forks = [fork for fork in forks if not fork.request.finished]
         for branch in forks:
             self._fork(branch)
         for group in groups:
@@ -294,18 +313,28 @@ class EngineCore:
         self._iteration.num_tokens += sum(item.count for item in live)
 
     def _next_rows(self, items: list[Item]) -> tuple[list[Row], list[Branch]]:
-        """The branches that get a token after this step, and those of which further choices begin with it."""
+        """The branches that get a token after this step, and those of which further choices begin with it.
+
+        Items of requests whose choices cannot begin are taken out of the list.
+        """
         rows: list[Row] = []
         forks: list[Branch] = []
-        for item in items:
+        for item in tuple(items):
             branch = item.branch
             if branch.row is None or not item.complete:
                 continue
-            rows.append(Row(branch, item))
             request = branch.request
-            if len(request.branches) < request.num_choices:
-                forks.append(branch)
-                rows += [Row(self._new_branch(request, index), item) for index in range(1, request.num_choices)]
+            if len(request.branches) == request.num_choices:
+                rows.append(Row(branch, item))
+                continue
+            try:
+                choices = [branch, *(self._new_branch(request, index) for index in range(1, request.num_choices))]
+            except Exception as error:
+                self._fail(request, error)
+                items[:] = [other for other in items if other is not item]
+                continue
+            forks.append(branch)
+            rows += [Row(choice, item) for choice in choices]
         return rows, forks
 
     def _fork(self, branch: Branch) -> None:
@@ -315,13 +344,6 @@ class EngineCore:
                 self.scheduler.fork(branch, sibling)
         except Exception as error:
             self._fail(request, error)
-
-    def _set_rows(self, rows: list[Row]) -> None:
-        sampling = [row.branch.row for row in rows]
-        if sampling != self._sampling:
-            # typed loosely: every branch that is sampled has one
-            self._sampling = sampling
-            self._sampler.set_rows(sampling)  # type: ignore[arg-type]
 
     # ---- what a step gives -----------------------------------------------------------------------------------------
 
@@ -345,8 +367,7 @@ class EngineCore:
             hidden = output.hidden[first:stop]
             if not bool(torch.isfinite(hidden).all()):
                 raise NumericsError("hidden states of the prompt hold NaN or infinity; the weights are damaged")
-            # a single wanted row comes first, and those behind it are not wanted
-            request.rows.append(hidden if request.pooled_place < 0 else hidden[:1])
+            request.rows.append(hidden)
             if item.complete:
                 request.pooled = self.served.pool(torch.cat(request.rows), request.params)
                 item.branch.finish_reason = "stop"
@@ -356,32 +377,25 @@ class EngineCore:
         assert request.sampling.prompt_logprobs is not None
         known = request.prompt_logprobs = request.prompt_logprobs or [None]
         next_ids = request.prompt_ids[item.start + 1 : item.start + item.count + 1]
-        # after a preemption the first chunks come again
-        if item.start + 1 == len(known) and next_ids:
-            logits = output.logits[first : first + len(next_ids)]
-            found = prompt_logprobs(logits, next_ids, request.sampling.prompt_logprobs)
+        # after a preemption the first tokens come again, in chunks of other sizes
+        again = len(known) - item.start - 1
+        assert again >= 0
+        if again < len(next_ids):
+            logits = output.logits[first + again : first + len(next_ids)]
+            found = prompt_logprobs(logits, next_ids[again:], request.sampling.prompt_logprobs)
             known += [as_logprobs(entry, self._texts) for entry in found]
 
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
     def _choose(self, rows: list[Row], groups: list[Group], now: float) -> None:
         """Give every row its next token."""
-        sampled = None
-        if len(groups) == 1 and groups[0].direct:
-            output = groups[0].output
-            if output.top_ids is not None:
-                assert output.top_logits is not None
-                sampled = self._sampler.sample_best(output.top_ids, output.top_logits)
-                if sampled is None:
-                    sampled = self._sampler.sample(self._runner.all_logits(groups[0]))
-            else:
-                assert output.logits is not None
-                sampled = self._sampler.sample(output.logits)
-        else:
-            sampled = self._sampler.sample(logits_of(rows, groups))
+        sampled = self._sampler.choose(rows, groups)
         for place, row in enumerate(rows):
             branch = row.branch
             if branch.request.finished:
+                # it failed in this step, and the sampler has prepared for it since
+                assert branch.row is not None
+                self._sampler.release(branch.row)
                 continue
             error = sampled.errors.get(place) if sampled.errors else None
             try:
@@ -460,6 +474,9 @@ class EngineCore:
                 for choice in request.branches:
                     self._leave(choice)
                 self._finish(request)
+            if request.finished:
+                self._emit_last(request)
+                continue
             try:
                 self._emit(request)
             except Exception as error:
@@ -470,12 +487,29 @@ class EngineCore:
         if output is not None:
             request.sink(output)
 
+    def _emit_last(self, request: Request) -> None:
+        """Hand out the last output, or else say that there is none: somebody waits for it."""
+        try:
+            self._emit(request)
+        except Exception as error:
+            request.error = request.error or _as_request_error(error)
+            try:
+                request.sink(request.failed_output())
+            except Exception:
+                _LOG.exception("the last output of request %r cannot be handed out", request.request_id)
+
     # ---- what it did -----------------------------------------------------------------------------------------------
 
-    def _report(self) -> None:
+    def settle(self) -> None:
+        """Tell the observer of requests that ended since the last step, where no step follows."""
+        if self._iteration.finished:
+            self.scheduler.queries = self.scheduler.hits = 0
+            self._report(0)
+
+    def _report(self, num_steps: int = 1) -> None:
         scheduler, iteration, totals = self.scheduler, self._iteration, self._totals
         iteration.prefix_cache_queries, iteration.prefix_cache_hits = scheduler.queries, scheduler.hits
-        totals.num_steps += 1
+        totals.num_steps += num_steps
         totals.prompt_tokens += iteration.num_prompt_tokens
         totals.generation_tokens += iteration.num_generation_tokens
         totals.num_preemptions += iteration.num_preemptions
@@ -508,3 +542,12 @@ class EngineCore:
         """Forget the blocks of earlier prompts, as is due after a change of weights."""
         if self._index is not None:
             self._index.clear()
+
+
+def _as_request_error(error: BaseException) -> Exception:
+    """What the caller of a request is told of a fault."""
+    if isinstance(error, (NumericsError, RequestError, RequestFailedError, EngineDeadError)):
+        return error
+    failed = RequestFailedError(f"the request failed: {type(error).__name__}: {error}")
+    failed.__cause__ = error
+    return failed

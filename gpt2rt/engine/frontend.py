@@ -55,7 +55,7 @@ class Frontend:
             raise RequestError("the prompt is a text, but this engine has no tokenizer; send token ids")
         cut = params is not None and params.truncate_prompt_tokens is not None
         check_text(text, None if cut else self.served.max_model_len, self.served.longest_token)
-        options: dict[str, Any] = {"add_special_tokens": add_special_tokens}
+        options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
         if split_special_tokens is not None:
             options["split_special_tokens"] = split_special_tokens
         try:

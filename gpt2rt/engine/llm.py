@@ -178,22 +178,27 @@ class LLM:
             Outputs; the last one is ``finished``. Closing the iterator ends the request.
 
         Raises:
-            RequestError: the prompt or a parameter is wrong.
+            RequestError: the prompt or a parameter is wrong; or, with the first output, it does not fit into the cache.
+            QueueFullError: with the first output: too many requests wait.
             NumericsError, RequestFailedError: the request failed on its way.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         outputs: deque[Output] = deque()
         with self._lock:
             request = self._request(prompt, params, outputs.append, priority, cache_salt)
-            self.core.add(request)
         return self._pump(request, outputs)
 
     def _pump(self, request: Request, outputs: deque[Output]) -> Iterator[RequestOutput]:
         try:
+            # not before the first output is asked for: an iterator that is not begun is not ended either
+            with self._lock, torch.inference_mode():
+                self.core.add(request)
             while True:
                 while not outputs:
                     with self._lock, torch.inference_mode():
-                        self.core.step()
+                        # another thread's step may have brought them while this one waited
+                        if not outputs:
+                            self._step()
                 output = outputs.popleft()
                 assert isinstance(output, RequestOutput)
                 if output.error is not None:
@@ -202,8 +207,8 @@ class LLM:
                 if output.finished:
                     return
         finally:
-            if self._core is not None:
-                with self._lock:
+            with self._lock:
+                if self._core is not None and not request.finished:
                     self._core.abort(request.request_id)
 
     def chat(
@@ -417,23 +422,40 @@ class LLM:
             for prompt, one, level in zip(prompts, params, levels, strict=True):
                 sink = _final_into(done)
                 requests.append(self._request(prompt, one, sink, level, salt))
-            added = []
             try:
                 for request in requests:
                     core.add(request)
-                    added.append(request)
                 with _progress(len(requests), use_tqdm) as advance:
                     shown = 0
                     while len(done) < len(requests):
-                        core.step()
+                        self._step()
                         if len(done) > shown:
                             advance(len(done) - shown)
                             shown = len(done)
-            except BaseException:
-                for request in added:
+            except Exception:
+                for request in requests:
                     core.abort(request.request_id)
                 raise
+            except BaseException as error:
+                # such as Ctrl-C, at any place
+                core.reset(error)
+                raise
         return [done[request.request_id] for request in requests]
+
+    def _step(self) -> None:
+        """One step; where it does not come to its end, all requests do, and the engine begins anew.
+
+        Raises:
+            EngineDeadError: nothing is left to compute, although somebody waits for it.
+        """
+        core = self.core
+        if not core.has_unfinished:
+            raise EngineDeadError("a request has ended without an output; please report this")
+        try:
+            core.step()
+        except BaseException as error:
+            core.reset(error)
+            raise
 
 
 def _final_into(done: dict[str, Output]) -> Any:

@@ -67,7 +67,8 @@ class Branch:
         self.request = request
         self.index = index
         self.key = (request.priority, request.arrival, index)
-        self.tokens = list(request.prompt_ids)
+        # what follows a single wanted row is not computed: the row does not see it
+        self.tokens = request.prompt_ids[: request.pooled_place + 1 or None]
         self.output_ids: list[int] = []
         self.sequence: Sequence | None = None
         self.chain: Chain | None = None
@@ -201,6 +202,16 @@ class Request:
             num_cached_tokens=self.metrics.num_cached_tokens,
             error=self.error,
         )
+
+    def failed_output(self) -> Output:
+        """Its last output where :meth:`output` fails: the tokens, without anything that has to be made of them."""
+        if isinstance(self.params, PoolingParams):
+            return PoolingRequestOutput(self.request_id, None, self.prompt_ids, True, error=self.error)
+        outputs = [
+            CompletionOutput(branch.index, token_ids=list(branch.output_ids), finish_reason="error")
+            for branch in self.branches
+        ]
+        return RequestOutput(self.request_id, self.prompt, self.prompt_ids, None, outputs, True, error=self.error)
 
 
 # a finished branch whose end has been handed out

@@ -2,7 +2,7 @@
 
 The definition is ``ops.penalties``. On a device it is the op that is used, with counts over the whole vocabulary in a
 slot for each row. On the host only the tokens that a row has said are counted and changed, with the same arithmetic:
-some 10 us for a row, where the op in plain torch takes 700 us for 50257 scores (Zen 4, one core).
+some 10 us for a row, where the op takes 21 us for 50257 scores (Zen 4, one core).
 """
 
 from __future__ import annotations

@@ -76,12 +76,12 @@ class StepRunner:
             What was computed; parts that failed are in none of the groups.
         """
         if self._one_call or len(items) == 1:
-            return self._run_group(items, len(rows), best_count)
+            return self._run_group(items, rows, best_count)
         # there decoding is one captured graph, and so is a prompt alone
         decoding = [item for item in items if item.count == 1 and item.num_logits == 1]
         prompts = [item for item in items if not (item.count == 1 and item.num_logits == 1)]
         parts = [part for part in (decoding, prompts) if part]
-        whole = len(rows) if len(parts) == 1 else -1
+        whole = rows if len(parts) == 1 else None
         return [group for part in parts for group in self._run_group(part, whole, best_count)]
 
     def all_logits(self, group: Group) -> Tensor:
@@ -91,10 +91,16 @@ class StepRunner:
         assert logits is not None
         return logits
 
-    def _run_group(self, items: list[Item], num_rows: int, best_count: int) -> list[Group]:
-        """One call, or one for each part; ``num_rows``: rows that are sampled if it is the whole step, else -1."""
+    def last_logits(self, item: Item) -> Tensor:
+        """[1, vocab_size]: the logits after the last token of a part, which is computed again."""
+        logits = self.executor.step(self._buffers.lay_out([item]), self._cache).logits
+        assert logits is not None
+        return logits[-1:]
+
+    def _run_group(self, items: list[Item], rows: list[Row] | None, best_count: int) -> list[Group]:
+        """One call, or one for each part; ``rows``: those that are sampled if it is the whole step, else None."""
         try:
-            return [self._call(items, num_rows, best_count)]
+            return [self._call(items, rows, best_count)]
         except Exception as error:
             if len(items) == 1:
                 self._fail(items[0], error)
@@ -104,17 +110,15 @@ class StepRunner:
         for item in items:
             # another branch of a request that has failed meanwhile has no blocks any more
             if item.branch.sequence is not None:
-                groups += self._run_group([item], -1, 0)
+                groups += self._run_group([item], None, 0)
         return groups
 
-    def _call(self, items: list[Item], num_rows: int, best_count: int) -> Group:
+    def _call(self, items: list[Item], rows: list[Row] | None, best_count: int) -> Group:
         batch = self._lay_out(items)
-        num_logits = sum(item.num_logits for item in items)
         options: dict[str, Any] = {}
         if any(item.num_logits and item.branch.row is None for item in items):
             options["return_hidden"] = True
-        # every row of logits is one that is sampled, in the same order
-        direct = num_rows == num_logits and all(item.num_logits <= 1 for item in items) and not options
+        direct = rows is not None and not options and _are_rows_of(items, rows)
         if direct and best_count and isinstance(self.executor, CpuExecutor):
             options["head"] = ("topk", best_count)
         elif direct and best_count == 1 and self.executor.name == "cuda":
@@ -130,6 +134,22 @@ class StepRunner:
         batch = self._buffers.lay_out(items)
         items[-1].num_logits = 0
         return batch
+
+
+def _are_rows_of(items: list[Item], rows: list[Row]) -> bool:
+    """Whether every row of a step's logits is one that is sampled, and nothing else, in the same order."""
+    place = 0
+    for item in items:
+        if not item.num_logits:
+            continue
+        branch = item.branch
+        if item.num_logits > 1 or place == len(rows) or rows[place].item is not item:
+            return False
+        # a prompt of one token, or the rest of one, whose log-probabilities are wanted
+        if not branch.output_ids and branch.request.needs_prompt_rows:
+            return False
+        place += 1
+    return place == len(rows)
 
 
 def logits_of(rows: list[Row], groups: list[Group]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpt2rt import ops
 from gpt2rt.errors import NumericsError, RequestError
+from gpt2rt.generation.sampling import quiet_threads
 
 from . import logprobs
 from .params import SamplingParams
@@ -48,12 +49,9 @@ class SamplingRow:
         rules: what is changed in its scores besides penalties, or None.
         penalised: penalties change its scores.
         said, slot, counted: what :mod:`row_penalties` keeps with the row.
-        ahead, ahead_from: random numbers made ahead, and the position of the first, see :mod:`random_numbers`.
     """
 
     __slots__ = (
-        "ahead",
-        "ahead_from",
         "choice",
         "counted",
         "output_ids",
@@ -92,8 +90,6 @@ class SamplingRow:
         self.said: Said | None = None
         self.slot = -1
         self.counted = 0
-        self.ahead: list[float] = []
-        self.ahead_from = 0
 
     def plain(self) -> bool:
         """Whether its token is chosen by its logits as they are."""
@@ -239,16 +235,24 @@ class Sampler:
             logits: [len(rows), vocab_size] float32, rows contiguous; may be overwritten.
         """
         numbers = self._numbers.draw() if self._draws else None
+        plain = self._plain
+        if plain is not None and plain.index is None and not self._asked:
+            tokens = plain.choose(logits, numbers, finite=True)
+            errors: dict[int, Exception] = {}
+            if -1 in tokens:
+                errors = {place: _bad_logits(logits[place]) for place, token in enumerate(tokens) if token < 0}
+            return Sampled(tokens, errors, {})
+        with quiet_threads(logits):
+            return self._sample_groups(logits, numbers)
+
+    def _sample_groups(self, logits: Tensor, numbers: Tensor | None) -> Sampled:
+        """As :meth:`sample`, with any rows."""
         tokens = [-1] * len(self._rows)
         errors: dict[int, Exception] = {}
-        # what is kept of the model's own logits, for log-probabilities, while rows are changed in place
-        raw = logits
         if self._edited is not None:
             group = self._edited
-            if group.index is not None:
-                scores = logits.index_select(0, group.index)
-            else:
-                scores = logits.clone() if self._asked else logits
+            # log-probabilities are those of the logits as they came
+            scores = group.pick(logits) if group.index is not None or not self._asked else logits.clone()
             scores = self._edit(scores, group, errors)
             for place, token in zip(group.places, group.choose(scores, numbers, finite=False), strict=True):
                 if place not in errors:
@@ -256,18 +260,11 @@ class Sampler:
             self._explain_edited(scores, tokens, errors)
         if self._plain is not None:
             group = self._plain
-            scores = logits if group.index is None else logits.index_select(0, group.index)
-            chosen = group.choose(scores, numbers, finite=True)
-            if group.index is None:
-                tokens = chosen
-            else:
-                for place, token in zip(group.places, chosen, strict=True):
-                    tokens[place] = token
-            if -1 in chosen:
-                for place in group.places:
-                    if tokens[place] < 0:
-                        errors[place] = _bad_logits(logits[place])
-        return Sampled(tokens, errors, self._logprobs(raw, tokens) if self._asked else {})
+            for place, token in zip(group.places, group.choose(group.pick(logits), numbers, finite=True), strict=True):
+                tokens[place] = token
+                if token < 0:
+                    errors[place] = _bad_logits(logits[place])
+        return Sampled(tokens, errors, self._logprobs(logits, tokens) if self._asked else {})
 
     def sample_best(self, ids: Tensor, logits: Tensor) -> Sampled | None:
         """As :meth:`sample`, from the best logits of each row, where ``best_count`` is not 0.
@@ -331,14 +328,14 @@ class Sampler:
                     f"the scores hold {largest} after penalties, processors and temperature, expected finite numbers"
                 )
 
-    def _logprobs(self, raw: Tensor, tokens: list[int]) -> dict[int, logprobs.Entry]:
+    def _logprobs(self, logits: Tensor, tokens: list[int]) -> dict[int, logprobs.Entry]:
         """The log-probabilities of the rows that asked for them and have a token."""
         asked = self._asked
         if len(asked) < len(tokens):
-            raw = raw.index_select(0, torch.tensor(asked, dtype=torch.int64, device=self._device))
+            logits = logits.index_select(0, torch.tensor(asked, dtype=torch.int64, device=self._device))
         ids = torch.tensor([tokens[place] for place in asked], dtype=torch.int64, device=self._device)
         counts = [self._rows[place].params.logprobs or 0 for place in asked]
-        known = zip(asked, logprobs.entries(raw, ids, counts), strict=True)
+        known = zip(asked, logprobs.entries(logits, ids, counts), strict=True)
         return {place: entry for place, entry in known if entry is not None}
 
 
@@ -356,6 +353,10 @@ class _Group:
     index: Tensor | None
     settings: dict[str, Any] | None
 
+    def pick(self, values: Tensor) -> Tensor:
+        """Of something for each row of the step that for each row of the group: a copy unless they are the same."""
+        return values if self.index is None else values.index_select(0, self.index)
+
     def choose(self, scores: Tensor, numbers: Tensor | None, *, finite: bool) -> list[int]:
         """The token of each row of the group, -1 without one.
 
@@ -367,9 +368,7 @@ class _Group:
         if self.settings is None:
             return ops.argmax(scores, finite=finite).tolist()
         assert numbers is not None
-        if self.index is not None:
-            numbers = numbers.index_select(0, self.index)
-        return ops.sample(scores, numbers, finite=finite, **self.settings).tolist()
+        return ops.sample(scores, self.pick(numbers), finite=finite, **self.settings).tolist()
 
 
 def _bad_logits(logits: Tensor) -> NumericsError:

@@ -19,7 +19,6 @@ from gpt2rt.errors import CacheFullError, OutOfBlocksError
 
 from .batch import Item
 from .pacing import PrefillPacer
-from .params import PoolingParams
 from .request import Branch
 
 # rows of logits or hidden states of a step beside those of next tokens: 26 MB of GPT-2's logits
@@ -86,7 +85,16 @@ class Scheduler:
         """Forget a branch, and give its blocks back; nothing happens to one that is not here."""
         _discard(self.running, branch)
         _discard(self.waiting, branch)
+        if self._blocked is branch:
+            self._blocked = None
         self._release(branch)
+
+    def clear(self) -> None:
+        """Forget all branches."""
+        for branches in (self.waiting, self.running, self.preempted):
+            branches.clear()
+        self.failed.clear()
+        self._blocked = None
 
     def _release(self, branch: Branch) -> None:
         sequence, branch.sequence = branch.sequence, None
@@ -113,7 +121,10 @@ class Scheduler:
         return self._cache.pool.num_free + (0 if self._index is None else self._index.num_evictable)
 
     def schedule(self) -> list[Item]:
-        """The parts of the next step, with their cache slots reserved; empty if nobody can go on."""
+        """The parts of the next step, with their cache slots reserved; empty if nobody can go on.
+
+        Parts of branches that are in ``preempted`` or ``failed`` afterwards are void: those have no sequence any more.
+        """
         self.preempted.clear()
         self.failed.clear()
         self.queries = self.hits = 0
@@ -159,54 +170,58 @@ class Scheduler:
         return items
 
     def _schedule(self, branch: Branch, count: int) -> Item | None:
-        """The next tokens of a running branch as a part of the step; None: it had to give way."""
-        slots = self._reserve(branch, count)
-        if slots is None:
+        """The next tokens of a running branch as a part of the step; None: it had to give way, or failed."""
+        try:
+            slots = self._reserve(branch, count)
+            if slots is None:
+                return None
+            return Item(branch, branch.num_computed, count, slots, _num_logits(branch, count))
+        except Exception as error:
+            self._fail(branch, error)
             return None
-        return Item(branch, branch.num_computed, count, slots, _num_logits(branch, count))
 
     def _admit(self, branch: Branch) -> bool:
         """Let the first that waits run if its tokens so far find room; one that fails is gone, and that is True too."""
         if self._blocked is branch and self.running and self.num_free <= self._blocked_free:
             return False
         try:
-            sequence, cached = self._begin(branch)
+            # the branch's from the start: whatever happens, its blocks are given back with it
+            branch.sequence = sequence = Sequence(self._cache)
+            cached = self._begin(branch, sequence)
+            # a block for the next token of everybody who runs, so that they need not give way at once
+            missing = self._cache.blocks_for(len(branch.tokens)) - len(sequence.blocks) + len(self.running)
+            if missing > self.num_free and self.running:
+                self._release(branch)
+                # looked at again when there are more
+                self._blocked, self._blocked_free = branch, self.num_free
+                return False
+            self._blocked = None
+            self.hits += cached
+            branch.num_computed = branch.num_cached = cached
+            self.waiting.pop(0)
+            insort(self.running, branch, key=_KEY)
         except Exception as error:
             self._fail(branch, error)
-            return True
-        # a block for the next token of everybody who runs, so that they need not give way at once
-        missing = self._cache.blocks_for(len(branch.tokens)) - len(sequence.blocks) + len(self.running)
-        free = self.num_free
-        if missing > free and self.running:
-            branch.chain = None
-            sequence.free()
-            # looked at again when there are more
-            self._blocked, self._blocked_free = branch, self.num_free
-            return False
-        self._blocked = None
-        self.hits += cached
-        branch.sequence = sequence
-        branch.num_computed = branch.num_cached = cached
-        self.waiting.pop(0)
-        insort(self.running, branch, key=_KEY)
         return True
 
-    def _begin(self, branch: Branch) -> tuple[Sequence, int]:
-        """A sequence with what the index knows of a branch's tokens, and how many these are."""
-        sequence = Sequence(self._cache)
+    def _begin(self, branch: Branch, sequence: Sequence) -> int:
+        """Give an empty sequence what the index knows of a branch's tokens; how many these are."""
         index, request = self._index, branch.request
         if index is None:
-            return sequence, 0
-        chain = index.chain(request.salt)
-        cached = 0
-        if not request.needs_prompt_rows:
-            # the last token is computed in any case, for its logits
-            blocks = index.lookup(branch.tokens, chain, len(branch.tokens) - 1)
-            cached = len(blocks) * self._cache.block_size
+            return 0
+        branch.chain = chain = index.chain(request.salt)
+        if request.needs_prompt_rows:
+            return 0
+        # the last token is computed in any case, for its logits
+        blocks = index.lookup(branch.tokens, chain, len(branch.tokens) - 1)
+        cached = len(blocks) * self._cache.block_size
+        try:
             sequence.adopt(blocks, cached)
-            self.queries += len(branch.tokens)
-        branch.chain = chain
-        return sequence, cached
+        except BaseException:
+            self._cache.pool.free(blocks)
+            raise
+        self.queries += len(branch.tokens)
+        return cached
 
     def _reserve(self, branch: Branch, count: int) -> list[int] | None:
         """Slots for the next tokens of a running branch, for which others may have to give way; None: it had to."""
@@ -251,9 +266,4 @@ def _num_logits(branch: Branch, count: int) -> int:
     request = branch.request
     if request.needs_prompt_rows:
         return count
-    stop = branch.num_computed + count
-    if isinstance(request.params, PoolingParams):
-        # the row that is pooled need not be the last one
-        place = request.pooled_place
-        return stop - place if branch.num_computed <= place < stop else 0
-    return 1 if stop == len(branch.tokens) else 0
+    return 1 if branch.num_computed + count == len(branch.tokens) else 0

@@ -185,8 +185,8 @@ def test_a_tokenizer_that_only_decodes(byte_tokenizer):
 
 def test_after_the_stop_nothing_changes(byte_tokenizer):
     output = OutputText(byte_tokenizer, (), SamplingParams(stop="b"))
-    tokens = byte_tokenizer.encode("abc", add_special_tokens=False)
+    tokens = byte_tokenizer.encode("xbc", add_special_tokens=False)
     done = [output.put(token) for token in tokens]
     output.end()
-    assert (output.text, output.stop_reason) == ("a", "b")
+    assert (output.text, output.stop_reason) == ("x", "b")
     assert done == [False, True, True]

@@ -104,7 +104,7 @@ LISTS = [
     ({"logit_bias": {3: 1e38}}, r"logit_bias\[3\] must be a number from -100 to 100, got 1e\+38"),
     ({"logit_bias": {3: -math.inf}}, r"logit_bias\[3\] must be"),
     ({"logit_bias": [3]}, "logit_bias must be a mapping"),
-    ({"logit_bias": {token: 1.0 for token in range(11)}}, "logit_bias must have at most 10 tokens, got 11"),
+    ({"logit_bias": dict.fromkeys(range(11), 1.0)}, "logit_bias must have at most 10 tokens, got 11"),
     ({"bad_words": [""]}, "bad_words must be a text or a list of texts, none of them empty, got ''"),
     ({"bad_words": [" "]}, "bad_words: ' ' has no tokens"),
     ({"bad_words": ["x"] * 129}, "bad_words must have at most 128 words, got 129"),
