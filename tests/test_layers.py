@@ -14,7 +14,7 @@ PACKAGE = ROOT / "gpt2rt"
 
 #: a file imports from its own layer and those after it
 LAYERS = [
-    {"cli", "doctor", "lab"},
+    {"cli", "doctor", "lab", "bench"},
     {"server", "integrations"},
     {"pipelines"},
     {"engine"},

@@ -1,7 +1,7 @@
 """llama.cpp through the C functions of llama-cpp-python (measured with 0.3.36).
 
 Built for the machine it runs on: ``CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python gguf``. The gguf package
-writes the checkpoint as an F32 file without a tokenizer, and llama.cpp's own ``llama_model_quantize`` makes the other
+writes the checkpoint as an F32 file, and llama.cpp's own ``llama_model_quantize`` makes the other
 formats from it, with its defaults: Q4_0 keeps the tied embedding and head in Q6_K. The cache is float16, flash
 attention is left to the library (its defaults).
 """
@@ -33,8 +33,12 @@ def _write_f32(checkpoint: str, path: pathlib.Path) -> None:
     writer.add_head_count(config["n_head"])
     writer.add_layer_norm_eps(config.get("layer_norm_epsilon", 1e-5))
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(config["vocab_size"])
+    # names for the ids, and a merge, without which the project's server writes no answer; nothing is encoded with them
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"t{token}" for token in range(config["vocab_size"])])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
+    writer.add_token_merges(["t 0"])
 
     def norm(name: str, target: str) -> None:
         writer.add_tensor(f"{target}.weight", source[f"{name}.weight"])

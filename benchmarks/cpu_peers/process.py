@@ -77,10 +77,18 @@ class PeerProcess:
         Raises:
             PeerFailedError: it died.
         """
+        return self.request({"prompts": prompts, "new_tokens": new_tokens})
+
+    def request(self, content: dict) -> dict:
+        """What the worker answers to a line of JSON.
+
+        Raises:
+            PeerFailedError: it died.
+        """
         assert self._process is not None
         # if it is dead, the reason is read below
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps({"prompts": prompts, "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
+            print(json.dumps(content), file=self._process.stdin, flush=True)
         return self._read()
 
     def close(self) -> None:

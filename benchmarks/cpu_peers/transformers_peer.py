@@ -14,7 +14,7 @@ REQUIRES = {"transformers": "transformers", "torch": "torch"}
 OPTION_REQUIRES = {"nf4": {"bitsandbytes": "bitsandbytes", "accelerate": "accelerate"}}
 
 
-class _Clock:
+class Clock:
     """A streamer that only notes when it was handed something: first the prompt, then each step's tokens."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ def timed_generate(model, prompts: list[list[int]], new_tokens: int) -> tuple[li
     import torch
 
     ids = torch.tensor(prompts)
-    clock = _Clock()
+    clock = Clock()
     with torch.no_grad():
         start = time.perf_counter()
         out = model.generate(

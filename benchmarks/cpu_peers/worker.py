@@ -51,12 +51,13 @@ def version(package: str) -> str:
         return "not installed as a package"
 
 
-def peak_megabytes() -> float:
-    """Peak resident memory of this process alone; getrusage's figure starts at that of the process which forked it."""
-    for line in pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+def peak_megabytes(process: str = "self") -> float:
+    """Peak resident memory of a process alone; getrusage's figure starts at that of the process which forked it."""
+    status = pathlib.Path("/proc", process, "status")
+    for line in status.read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6
-    raise OSError("/proc/self/status has no VmHWM")
+    raise OSError(f"{status} has no VmHWM")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``gpt2rt bench``: the kernel lab on the command line."""
+"""``gpt2rt bench``: the kernel lab on the command line, and the benchmarks of engines and servers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from . import bench_latency, bench_serve, bench_throughput
 from .common import Device, JsonFlag, Threads, UsageFault, console, parse_device, set_threads
 
 EXAMPLES = (
     "Examples:\n\ngpt2rt bench kernels --op layer_norm\n\ngpt2rt bench kernels --device cuda --dtype float16 --json"
 )
 
-app = typer.Typer(help="Measure kernels.", add_completion=False)
+app = typer.Typer(help="Measure kernels, an engine or a server.", add_completion=False)
+for module in (bench_latency, bench_throughput, bench_serve):
+    app.command(name=module.__name__.rpartition("bench_")[2], epilog=module.EXAMPLES)(module.command)
 
 
 @app.callback()

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bench, doctor, env, generate, quantize, run, score, warmup
+from . import bench, doctor, env, generate, quantize, run, score, serve, warmup
 from .common import UsageFault
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -29,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for module in (generate, run, score, quantize, warmup, env, doctor):
+for module in (generate, run, score, serve, quantize, warmup, env, doctor):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
 app.add_typer(bench.app, name="bench")
 

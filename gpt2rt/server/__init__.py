@@ -1,0 +1,4 @@
+"""An OpenAI-compatible HTTP server on the engine.
+
+``gpt2rt serve`` starts it; the extra ``gpt2rt[serve]`` installs what it needs.
+"""
