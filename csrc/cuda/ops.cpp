@@ -1,52 +1,16 @@
-// The ops of gpt2rt._C_cuda, through torch's stable ABI: they check what would make a kernel read or write outside its
-// tensors, and launch on torch's current stream.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-
+// The op of the kernel for few rows: it checks what would make the kernel read or write outside its tensors.
+#include "op.h"
 #include "rows.h"
 
 namespace gpt2rt::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
 constexpr const char* kOp = "fused_linear_rows_cuda";
 
-// ValueError in Python
 template <typename... Parts>
 void check(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  message << kOp << ": ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
+  check_that(kOp, condition, parts...);
 }
-
-// torch has printed what was wrong
-void succeed(AOTITorchError code) {
-  if (code != AOTI_TORCH_SUCCESS)
-    throw std::runtime_error(std::string(kOp) + ": torch knows no such CUDA device or stream");
-}
-
-// the device of the call's tensors while this object lives
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int32_t device) { succeed(aoti_torch_create_cuda_guard(device, &guard_)); }
-  ~DeviceGuard() { aoti_torch_delete_cuda_guard(guard_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  CUDAGuardHandle guard_ = nullptr;
-};
 
 Type type_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
@@ -199,12 +163,9 @@ void fused_linear_rows_op(const MaybeTensor& x, const MaybeTensor& values, const
   }
   if (p.num_rows == 0 || p.n == 0) return;
 
-  const int32_t device = static_cast<int32_t>(out.get_device_index());
-  const DeviceGuard guard(device);
-  void* stream = nullptr;
-  succeed(aoti_torch_get_current_cuda_stream(device, &stream));
+  const OnDevice on(kOp, out);
   const Format format = codebook ? Format::code4 : zeros ? Format::int4_zeros : Format::int4;
-  const char* error = launch_rows(p, format, bfloat16 ? Type::bfloat16 : Type::float16, pdl, stream);
+  const char* error = launch_rows(p, format, bfloat16 ? Type::bfloat16 : Type::float16, pdl, on.stream());
   if (error != nullptr) throw std::runtime_error(std::string(kOp) + ": the launch failed: " + error);
 }
 

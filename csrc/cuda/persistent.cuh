@@ -1,0 +1,534 @@
+// A decode step of one sequence in one launch: embedding; per layer norm + QKV + KV append, attention over splits of 64
+// tokens, merge + projection + residual, norm + fc + activation, projection + residual; final norm and output layer.
+//
+// A block a multiprocessor. One of its warps does nothing but fetch this block's share of the weights, in the order in
+// which they will be used, into a ring of stages in shared memory; it never waits for an activation, so the memory is
+// busy while the other warps are between two barriers of the grid. Those multiply: a warp takes one row of a tile of
+// eight from the first element to the last, so the order of a row's sum depends on its length alone, not on how many
+// blocks there are or which of them has the row. The two groups of eight warps take the block's tiles in turn. Splits
+// of attention go by absolute position, merges by their order, and no number is added by an atomic: the bits of a
+// result depend on the weights' shapes and the token's position, not on the grid.
+//
+// Arithmetic in float32, weights, keys and values in float16 or bfloat16; what lies between two phases is float32.
+// Sources: the plan of docs/gpu.md; online softmax: Milakov & Gimelshein, arXiv:1805.02867; splits of the context: Dao
+// et al., "Flash-Decoding" (2023).
+#pragma once
+
+#include "finish.cuh"
+#include "persistent.h"
+#include "ring.cuh"
+
+namespace gpt2rt::cuda {
+
+// tokens in a split of attention; SPLIT of kernels/merge_splits.py
+constexpr int kSplitTokens = 64;
+
+__host__ __device__ constexpr int consumer_threads(int groups) { return 32 * kTileRows * groups; }
+
+// eight neighbouring 16-bit numbers
+template <typename T>
+__device__ inline void unpack_eight(const uint4& words, float (&value)[8]) {
+  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    value[2 * i] = T::value(static_cast<uint16_t>(word[i]));
+    value[2 * i + 1] = T::value(static_cast<uint16_t>(word[i] >> 16));
+  }
+}
+
+// over all 32 lanes, the same in each
+__device__ inline float lanes_sum(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
+  return value;
+}
+__device__ inline float lanes_max(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value = fmaxf(value, shuffle_xor(value, distance));
+  return value;
+}
+
+// The warps that multiply, in one block.
+template <typename T, int groups>
+class Consumers {
+ public:
+  static constexpr int kThreads = consumer_threads(groups), kWarps = kTileRows * groups;
+
+  __device__ Consumers(const PersistentParams& params, const Ring& shared_ring, float* floats, int row)
+      : p(params),
+        ring(shared_ring),
+        activations(floats),
+        // four elements of each eight in one plane, the other four in another: lanes read neighbouring places
+        plane(row / 2),
+        norm(floats + max(row, attention_floats(groups))),
+        scratch(norm + 2 * p.n_embd),
+        grid(p.barrier, threadIdx.x == 0),
+        thread(threadIdx.x),
+        warp(thread / 32),
+        lane(thread % 32) {}
+
+  __device__ void run() {
+    const float* norms = p.norms;
+    load_norm(norms);
+    meet();
+    // which block has the first tile of the next weight
+    uint32_t turn = 0;
+#pragma unroll 1
+    for (int layer = 0; layer < p.n_layer; ++layer) {
+      if (has_tile(p.qkv, turn) || (layer == 0 && blockIdx.x == 0)) {
+        layer == 0 ? embed() : load_residual();
+        normalise(p.n_embd);
+      }
+      multiply(p.qkv, turn, [&](int column, float y, float) { store_qkv(layer, column, y); });
+      arrive();
+      prefetch_cache(layer);
+      wait();
+
+      attend(layer);
+      arrive();
+      wait();
+
+      if (has_tile(p.proj, turn)) merge();
+      const auto add = [&](int column, float y, float before) { p.x[column] = before + y; };
+      multiply(p.proj, turn, add, p.x);
+      arrive();
+      load_norm(norms += 2 * p.n_embd);
+      wait();
+
+      if (has_tile(p.fc, turn)) {
+        load_residual();
+        normalise(p.n_embd);
+      }
+      multiply(p.fc, turn, [&](int column, float y, float) { p.inner[column] = activated(y, p.activation); });
+      arrive();
+      wait();
+
+      if (has_tile(p.down, turn)) load_row(p.inner, p.down.k, p.down.padded);
+      multiply(p.down, turn, add, p.x);
+      arrive();
+      load_norm(norms += 2 * p.n_embd);
+      wait();
+    }
+    if (has_tile(p.head, turn) || (p.hidden != nullptr && blockIdx.x == 0)) {
+      load_residual();
+      normalise(p.n_embd);
+      if (p.hidden != nullptr && blockIdx.x == 0) {
+        for (int e = thread; e < p.n_embd; e += kThreads) p.hidden[e] = activations[place(e)];
+      }
+    }
+    multiply(p.head, turn, [&](int column, float y, float) { p.logits[column] = y; });
+  }
+
+ private:
+  const PersistentParams& p;
+  const Ring ring;
+  float* const activations;
+  const int plane;
+  float* const norm;
+  float* const scratch;
+  GridBarrier grid;
+  Cursor cursor;
+  const int thread, warp, lane;
+  // which half of the scratch the next sum takes
+  int half = 0;
+
+  __device__ void meet() { consumers_meet<kThreads>(); }
+
+  // all that this block wrote in this phase is on its way to the others
+  __device__ void arrive() {
+    meet();
+    if (thread == 0) grid.arrive();
+  }
+  // all that all blocks wrote before they arrived is there
+  __device__ void wait() {
+    if (thread == 0) grid.wait();
+    meet();
+  }
+
+  __device__ static bool has_tile(const Matrix& m, uint32_t turn) { return first_tile(turn) < m.tiles; }
+
+ public:
+  // tiles are dealt to the blocks in turn, from one weight to the next without a break
+  __device__ static int first_tile(uint32_t turn) {
+    return blockIdx.x >= turn ? blockIdx.x - turn : blockIdx.x + gridDim.x - turn;
+  }
+  __device__ static uint32_t next_turn(const Matrix& m, uint32_t turn) {
+    return (turn + static_cast<uint32_t>(m.tiles)) % gridDim.x;
+  }
+
+ private:
+  // where element e of a row stands in shared memory
+  __device__ int place(int e) const { return (e % 8 / 4) * plane + e / 8 * 4 + e % 4; }
+  __device__ float4* four(int item) const {
+    return reinterpret_cast<float4*>(activations + item % 2 * plane) + item / 2;
+  }
+
+  // the sum of a number for each thread, the same in all; its order depends on the number of threads
+  __device__ float sum_of_all(float value) {
+    float* const sums = scratch + half * kWarps;
+    // those who still read the sums of the call before have another half
+    half ^= 1;
+    value = lanes_sum(value);
+    if (lane == 0) sums[warp] = value;
+    meet();
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += sums[i];
+    return sum;
+  }
+
+  // weight and bias of the next norm, which no kernel writes: before the barrier that the row waits for
+  __device__ void load_norm(const float* from) {
+    for (int i = thread; i < 2 * p.n_embd / 4; i += kThreads) {
+      reinterpret_cast<float4*>(norm)[i] = reinterpret_cast<const float4*>(from)[i];
+    }
+  }
+
+  // wte[id] + wpe[position]; not a number where there is no such row
+  __device__ void embed() {
+    const int64_t id = *p.input_id, position = *p.position_id;
+    const bool known = id >= 0 && id < p.vocab && position >= 0 && position < p.n_positions;
+    for (int e = thread; e < p.n_embd; e += kThreads) {
+      const float x =
+          known ? T::value(p.wte[id * p.wte_stride + e]) + T::value(p.wpe[position * p.wpe_stride + e]) : NAN;
+      activations[place(e)] = x;
+      // the first block's is the one that the projections add to, two barriers from here
+      if (blockIdx.x == 0) p.x[e] = x;
+    }
+    meet();
+  }
+
+  __device__ void load_residual() { load_row(p.x, p.n_embd, p.n_embd); }
+
+  // float32 [k] that other blocks have written, followed by zeros
+  __device__ void load_row(const float* from, int k, int padded) {
+    for (int i = thread; i < padded / 4; i += kThreads) {
+      float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (4 * i + 4 <= k) {
+        value = load_fresh(reinterpret_cast<const float4*>(from) + i);
+      } else {
+        if (4 * i < k) value.x = load_fresh(from + 4 * i);
+        if (4 * i + 1 < k) value.y = load_fresh(from + 4 * i + 1);
+        if (4 * i + 2 < k) value.z = load_fresh(from + 4 * i + 2);
+      }
+      *four(i) = value;
+    }
+    meet();
+  }
+
+  // layer norm of the row in place; k a multiple of eight
+  __device__ void normalise(int k) {
+    float sum = 0.0f;
+    for (int i = thread; i < k / 4; i += kThreads) {
+      const float4 x = *four(i);
+      sum += (x.x + x.y) + (x.z + x.w);
+    }
+    const float mean = sum_of_all(sum) / k;
+    sum = 0.0f;
+    // a second pass: a difference of large squares would lose the digits of the variance
+    for (int i = thread; i < k / 4; i += kThreads) {
+      const float4 x = *four(i);
+      const float a = x.x - mean, b = x.y - mean, c = x.z - mean, d = x.w - mean;
+      sum += (a * a + b * b) + (c * c + d * d);
+    }
+    const float factor = 1.0f / sqrtf(sum_of_all(sum) / k + p.eps);
+    for (int i = thread; i < k / 4; i += kThreads) {
+      float4 x = *four(i);
+      const float4 weight = reinterpret_cast<const float4*>(norm)[i];
+      const float4 bias = reinterpret_cast<const float4*>(norm + p.n_embd)[i];
+      x.x = (x.x - mean) * factor * weight.x + bias.x;
+      x.y = (x.y - mean) * factor * weight.y + bias.y;
+      x.z = (x.z - mean) * factor * weight.z + bias.z;
+      x.w = (x.w - mean) * factor * weight.w + bias.w;
+      *four(i) = x;
+    }
+    meet();
+  }
+
+  // finish(column, row . x + bias, before[column]) by one lane, for the rows of this block's tiles
+  template <typename Finish>
+  __device__ void multiply(const Matrix& m, uint32_t& turn, const Finish& finish, const float* before = nullptr) {
+    const int group = warp / kTileRows, row = warp % kTileRows;
+    int mine = 0;
+#pragma unroll 1
+    for (int tile = first_tile(turn); tile < m.tiles; tile += gridDim.x, ++mine) {
+      if (mine % groups != group) {
+        cursor.advance(ring.stages, m.chunks);
+        continue;
+      }
+      const int column = tile * kTileRows + row;
+      const bool last = lane == 0 && column < m.n;
+      // on its way while the row is multiplied; this warp alone writes it
+      const float residual = last && before != nullptr ? load_fresh(before + column) : 0.0f;
+      float bias = 0.0f, total[4] = {};
+#pragma unroll 1
+      for (int c = 0; c < m.chunks; ++c) {
+        const int units = min(m.chunk, m.padded - c * m.chunk) / 8;
+        mbarrier_wait(ring.full + cursor.stage, cursor.parity);
+        const uint8_t* data = ring.at(cursor.stage);
+        if (c == 0) {
+          bias = reinterpret_cast<const float*>(data)[row];
+          data += kTileHeader;
+        }
+        const float4* x = reinterpret_cast<const float4*>(activations) + c * m.chunk / 8;
+        add_products(reinterpret_cast<const uint4*>(data) + row * units, x, units, total);
+        // the stage may be filled again when all warps of this group have read it
+        warp_meet();
+        if (lane == 0) mbarrier_arrive(ring.empty + cursor.stage);
+        cursor.advance(ring.stages);
+      }
+      const float y = lanes_sum((total[0] + total[1]) + (total[2] + total[3])) + bias;
+      if (last) finish(column, y, residual);
+    }
+    turn = next_turn(m, turn);
+  }
+
+  // units of eight elements, of one row of a chunk
+  __device__ void add_products(const uint4* weights, const float4* x, int units, float (&total)[4]) {
+#pragma unroll
+    for (int i = 0; i < kMaxChunk / kWarpElements; ++i) {
+      const int unit = lane + 32 * i;
+      if (unit >= units) break;
+      float w[8];
+      unpack_eight<T>(weights[unit], w);
+      const float4 low = x[unit], high = x[plane / 4 + unit];
+      total[0] = fmaf(w[0], low.x, total[0]);
+      total[1] = fmaf(w[1], low.y, total[1]);
+      total[2] = fmaf(w[2], low.z, total[2]);
+      total[3] = fmaf(w[3], low.w, total[3]);
+      total[0] = fmaf(w[4], high.x, total[0]);
+      total[1] = fmaf(w[5], high.y, total[1]);
+      total[2] = fmaf(w[6], high.z, total[2]);
+      total[3] = fmaf(w[7], high.w, total[3]);
+    }
+  }
+
+  // where head `head` of a token stands in the keys of a layer, or in its values
+  __device__ int64_t in_cache(int layer, int which, int64_t block, int head, int offset) const {
+    return ((((2LL * layer + which) * p.num_blocks + block) * p.n_head + head) * p.block_size + offset) * p.head_dim;
+  }
+
+  __device__ void store_qkv(int layer, int column, float y) {
+    const int wide = p.n_head * p.head_dim, within = column % wide;
+    if (column < wide) {
+      p.query[column] = y;
+      return;
+    }
+    const int64_t slot = *p.slot;
+    if (slot < 0 || slot >= p.num_blocks * p.block_size) return;
+    const int offset = static_cast<int>(slot % p.block_size);
+    const int64_t at = in_cache(layer, column / wide - 1, slot / p.block_size, within / p.head_dim, offset);
+    p.cache[at + within % p.head_dim] = T::bits(y);
+  }
+
+  // ---- attention -------------------------------------------------------------------------------------------------
+
+  __device__ int wanted_splits() const { return (*p.seq_len + kSplitTokens - 1) / kSplitTokens; }
+  __device__ int used_splits() const { return min(wanted_splits(), p.num_splits); }
+
+  // lanes that share a token, eight dimensions each, and tokens that all threads take at once
+  __device__ int lanes_a_token() const { return p.head_dim <= 64 ? 8 : 16; }
+  __device__ int tokens_at_once() const { return kThreads / lanes_a_token(); }
+
+  // the physical block of a token, -1 if there is none
+  __device__ int64_t block_of(int token) const {
+    const int at = token / p.block_size;
+    const int64_t block = at < p.max_blocks ? p.block_table[at] : -1;
+    return block < p.num_blocks ? block : -1;
+  }
+
+  // bring this block's keys and values to L2 while other blocks still write the new token's
+  __device__ void prefetch_cache(int layer) const {
+    const int share = lanes_a_token(), part = thread % share, items = p.n_head * used_splits();
+    // two lanes: one for the keys, one for the values
+    if (part > 1) return;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+      for (int at = thread / share; at < kSplitTokens; at += tokens_at_once()) {
+        const int token = item / p.n_head * kSplitTokens + at;
+        const int64_t block = token < *p.seq_len ? block_of(token) : -1;
+        if (block >= 0) prefetch(p.cache + in_cache(layer, part, block, item % p.n_head, token % p.block_size));
+      }
+    }
+  }
+
+  // softmax averages of this block's splits, and the logarithms to base 2 of their sums of weights
+  __device__ void attend(int layer) {
+    const int items = p.n_head * used_splits();
+#pragma unroll 1
+    for (int item = blockIdx.x; item < items; item += gridDim.x) attend_to(layer, item % p.n_head, item / p.n_head);
+  }
+
+  __device__ void attend_to(int layer, int head, int split) {
+    // scores [64], then for each warp the sums of the values [128]
+    float* const scores = activations;
+    float* const sums = activations + kSplitTokens;
+    const int share = lanes_a_token(), part = thread % share, at_once = tokens_at_once();
+    const int seq_len = *p.seq_len;
+    const bool active = 8 * part < p.head_dim;
+    constexpr int kRounds = kSplitTokens * 16 / kThreads;
+    float query[8] = {};
+    if (active) {
+      const float4* from = reinterpret_cast<const float4*>(p.query + head * p.head_dim + 8 * part);
+      const float4 low = load_fresh(from), high = load_fresh(from + 1);
+      query[0] = low.x, query[1] = low.y, query[2] = low.z, query[3] = low.w;
+      query[4] = high.x, query[5] = high.y, query[6] = high.z, query[7] = high.w;
+    }
+    const float scale = p.scales[layer];
+    uint4 keys[kRounds], values[kRounds];
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int at = round * at_once + thread / share, token = split * kSplitTokens + at;
+      keys[round] = values[round] = make_uint4(0, 0, 0, 0);
+      const int64_t block = at < kSplitTokens && token < seq_len ? block_of(token) : -1;
+      if (!active || block < 0) continue;
+      const int offset = token % p.block_size;
+      keys[round] =
+          load_fresh(reinterpret_cast<const uint4*>(p.cache + in_cache(layer, 0, block, head, offset)) + part);
+      values[round] =
+          load_fresh(reinterpret_cast<const uint4*>(p.cache + in_cache(layer, 1, block, head, offset)) + part);
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int at = round * at_once + thread / share, token = split * kSplitTokens + at;
+      float key[8], score = 0.0f;
+      unpack_eight<T>(keys[round], key);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) score = fmaf(query[i], key[i], score);
+      for (int distance = share / 2; distance > 0; distance /= 2) score += shuffle_xor(score, distance);
+      // a key that should be there and is not poisons the row
+      score = token < seq_len ? (block_of(token) < 0 ? NAN : score * scale) : -INFINITY;
+      if (part == 0 && at < kSplitTokens) scores[at] = score;
+    }
+    meet();
+    // every warp the same: the highest score and the sum of weights
+    const float first = scores[lane], second = scores[lane + 32];
+    const float highest = lanes_max(fmaxf(first, second));
+    const float weight_sum = lanes_sum(exp2f(first - highest) + exp2f(second - highest));
+    float total[8] = {};
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int at = round * at_once + thread / share;
+      if (at >= kSplitTokens) continue;
+      float value[8];
+      unpack_eight<T>(values[round], value);
+      const float weight = exp2f(scores[at] - highest);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) total[i] = fmaf(weight, value[i], total[i]);
+    }
+    // over the tokens of this warp
+    for (int distance = share; distance < 32; distance *= 2) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) total[i] += shuffle_xor(total[i], distance);
+    }
+    if (lane < share) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[warp * kMaxHeadDim + 8 * part + i] = total[i];
+    }
+    meet();
+    const int64_t at = static_cast<int64_t>(head) * p.num_splits + split;
+    if (thread < p.head_dim) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) sum += sums[i * kMaxHeadDim + thread];
+      p.values[at * p.head_dim + thread] = sum / weight_sum;
+    }
+    if (thread == 0) p.lse[at] = highest + log2f(weight_sum);
+    // the scores and sums may be written again
+    meet();
+  }
+
+  // the splits of all heads, in their order, into the row that is multiplied next
+  __device__ void merge() {
+    const int wanted = wanted_splits(), used = used_splits(), wide = p.n_head * p.head_dim;
+    for (int i = thread; i < wide / 4; i += kThreads) {
+      const int head = 4 * i / p.head_dim;
+      const int64_t at = static_cast<int64_t>(head) * p.num_splits;
+      const float4* from = reinterpret_cast<const float4*>(p.values + at * p.head_dim) + (i - head * (p.head_dim / 4));
+      float most = -INFINITY, weight_sum = 0.0f;
+#pragma unroll 8
+      for (int split = 0; split < used; ++split) most = fmaxf(most, load_fresh(p.lse + at + split));
+      float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+      for (int split = 0; split < used; ++split) {
+        const float weight = exp2f(load_fresh(p.lse + at + split) - most);
+        const float4 value = load_fresh(from + split * (p.head_dim / 4));
+        weight_sum += weight;
+        total.x = fmaf(weight, value.x, total.x);
+        total.y = fmaf(weight, value.y, total.y);
+        total.z = fmaf(weight, value.z, total.z);
+        total.w = fmaf(weight, value.w, total.w);
+      }
+      // not a number: tokens that no split holds. Zero: a padding row
+      const float factor = wanted > p.num_splits ? NAN : used > 0 ? 1.0f / weight_sum : 0.0f;
+      *four(i) = make_float4(total.x * factor, total.y * factor, total.z * factor, total.w * factor);
+    }
+    meet();
+  }
+};
+
+// The warp that fetches: this block's tiles of all weights, in the order of Consumers::run.
+template <typename T, int groups>
+class Producer {
+ public:
+  __device__ Producer(const PersistentParams& params, const Ring& shared_ring) : p(params), ring(shared_ring) {}
+
+  __device__ void run() {
+#pragma unroll 1
+    for (int layer = 0; layer < p.n_layer; ++layer) {
+      fetch_tiles(p.qkv);
+      fetch_tiles(p.proj);
+      fetch_tiles(p.fc);
+      fetch_tiles(p.down);
+    }
+    fetch_tiles(p.head);
+  }
+
+ private:
+  const PersistentParams& p;
+  const Ring ring;
+  const uint8_t* weight = p.stream;
+  Cursor cursor;
+  uint32_t turn = 0;
+
+  __device__ void fetch_tiles(const Matrix& m) {
+    using Order = Consumers<T, groups>;
+#pragma unroll 1
+    for (int tile = Order::first_tile(turn); tile < m.tiles; tile += gridDim.x) {
+      const uint8_t* from = weight + tile * m.tile_bytes;
+#pragma unroll 1
+      for (int c = 0; c < m.chunks; ++c) {
+        const int bytes = 2 * kTileRows * min(m.chunk, m.padded - c * m.chunk) + (c == 0 ? kTileHeader : 0);
+        mbarrier_wait(ring.empty + cursor.stage, cursor.parity ^ 1);
+        fetch(ring.at(cursor.stage), from, bytes, ring.full + cursor.stage);
+        cursor.advance(ring.stages);
+        from += bytes;
+      }
+    }
+    weight += m.tiles * m.tile_bytes;
+    turn = Order::next_turn(m, turn);
+  }
+};
+
+// 32 * (kTileRows * groups + 1) threads; the last warp fetches. `row`: floats of the longest activation row
+template <typename T, int groups>
+__device__ inline void persistent_step(const PersistentParams& p, uint4* shared, int row, int fixed) {
+  constexpr int kThreads = consumer_threads(groups);
+  float* const floats = reinterpret_cast<float*>(shared);
+  uint8_t* const bytes = reinterpret_cast<uint8_t*>(shared);
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(bytes + fixed) - 2 * kMaxStages;
+  const Ring ring = {barriers, barriers + kMaxStages, bytes + fixed, p.stages, stage_bytes(p.qkv.chunk)};
+  if (threadIdx.x < static_cast<unsigned>(p.stages)) {
+    mbarrier_init(ring.full + threadIdx.x, arrivals_when_full());
+    // one arrival for each warp of the group that multiplies a tile
+    mbarrier_init(ring.empty + threadIdx.x, kTileRows);
+    mbarriers_ready();
+  }
+  __syncthreads();
+  if (threadIdx.x >= kThreads) {
+    Producer<T, groups>(p, ring).run();
+  } else {
+    Consumers<T, groups>(p, ring, floats, row).run();
+  }
+}
+
+}  // namespace gpt2rt::cuda
