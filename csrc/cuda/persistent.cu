@@ -35,9 +35,8 @@ const char* persistent_grid(const PersistentParams& params, Type type, int* bloc
   ask(&cooperative, cudaDevAttrCooperativeLaunch);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (cooperative == 0) return "the device has no cooperative launches";
-  const int room = (most - fixed_bytes(params, kGroups)) / stage_bytes(params.qkv.chunk);
-  if (room < kMinStages) return "the rows of this model leave no room for two stages in the device's shared memory";
-  *stages = std::min(room, kMaxStages);
+  *stages = stages_in(params, kGroups, most);
+  if (*stages == 0) return "the rows of this model are too long for the device's shared memory";
   PersistentParams p = params;
   p.stages = *stages;
   const Kernel kernel = kernel_of(type);

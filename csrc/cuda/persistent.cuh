@@ -2,10 +2,10 @@
 // tokens, merge + projection + residual, norm + fc + activation, projection + residual; final norm and output layer.
 //
 // A block a multiprocessor. One of its warps does nothing but fetch this block's share of the weights, in the order in
-// which they will be used, into a ring of stages in shared memory; it never waits for an activation, so the memory is
+// which they will be used, into rings of stages in shared memory; it never waits for an activation, so the memory is
 // busy while the other warps are between two barriers of the grid. Those multiply: a warp takes one row of a tile of
 // eight from the first element to the last, so the order of a row's sum depends on its length alone, not on how many
-// blocks there are or which of them has the row. The two groups of eight warps take the block's tiles in turn. Splits
+// blocks there are or which of them has the row. Two groups of eight warps take the block's tiles in turn. Splits
 // of attention go by absolute position, merges by their order, and no number is added by an atomic: the bits of a
 // result depend on the weights' shapes and the token's position, not on the grid.
 //
@@ -24,6 +24,12 @@ namespace gpt2rt::cuda {
 constexpr int kSplitTokens = 64;
 
 __host__ __device__ constexpr int consumer_threads(int groups) { return 32 * kTileRows * groups; }
+
+// the ring of a group, out of that of the first
+__device__ inline Ring ring_of(const Ring& first, int group) {
+  const int before = group * first.stages;
+  return {first.full + before, first.empty + before, first.at(before), first.stages, first.bytes};
+}
 
 // eight neighbouring 16-bit numbers
 template <typename T>
@@ -54,9 +60,9 @@ class Consumers {
  public:
   static constexpr int kThreads = consumer_threads(groups), kWarps = kTileRows * groups;
 
-  __device__ Consumers(const PersistentParams& params, const Ring& shared_ring, float* floats, int row)
+  __device__ Consumers(const PersistentParams& params, const Ring& own, float* floats, int row)
       : p(params),
-        ring(shared_ring),
+        ring(own),
         activations(floats),
         // four elements of each eight in one plane, the other four in another: lanes read neighbouring places
         plane(row / 2),
@@ -252,10 +258,7 @@ class Consumers {
     int mine = 0;
 #pragma unroll 1
     for (int tile = first_tile(turn); tile < m.tiles; tile += gridDim.x, ++mine) {
-      if (mine % groups != group) {
-        cursor.advance(ring.stages, m.chunks);
-        continue;
-      }
+      if (mine % groups != group) continue;
       const int column = tile * kTileRows + row;
       const bool last = lane == 0 && column < m.n;
       // on its way while the row is multiplied; this warp alone writes it
@@ -470,7 +473,7 @@ class Consumers {
 template <typename T, int groups>
 class Producer {
  public:
-  __device__ Producer(const PersistentParams& params, const Ring& shared_ring) : p(params), ring(shared_ring) {}
+  __device__ Producer(const PersistentParams& params, const Ring& first) : p(params), ring(first) {}
 
   __device__ void run() {
 #pragma unroll 1
@@ -485,49 +488,61 @@ class Producer {
 
  private:
   const PersistentParams& p;
+  // of the first group; those of the others stand behind it
   const Ring ring;
   const uint8_t* weight = p.stream;
-  Cursor cursor;
+  Cursor cursors[groups];
   uint32_t turn = 0;
 
   __device__ void fetch_tiles(const Matrix& m) {
     using Order = Consumers<T, groups>;
+    int group = 0;
 #pragma unroll 1
     for (int tile = Order::first_tile(turn); tile < m.tiles; tile += gridDim.x) {
-      const uint8_t* from = weight + tile * m.tile_bytes;
-#pragma unroll 1
-      for (int c = 0; c < m.chunks; ++c) {
-        const int bytes = 2 * kTileRows * min(m.chunk, m.padded - c * m.chunk) + (c == 0 ? kTileHeader : 0);
-        mbarrier_wait(ring.empty + cursor.stage, cursor.parity ^ 1);
-        fetch(ring.at(cursor.stage), from, bytes, ring.full + cursor.stage);
-        cursor.advance(ring.stages);
-        from += bytes;
+      // a register array is indexed with constants alone
+#pragma unroll
+      for (int i = 0; i < groups; ++i) {
+        if (i == group) fetch_tile(m, weight + tile * m.tile_bytes, ring_of(ring, i), cursors[i]);
       }
+      group = group + 1 == groups ? 0 : group + 1;
     }
     weight += m.tiles * m.tile_bytes;
     turn = Order::next_turn(m, turn);
   }
+
+  __device__ void fetch_tile(const Matrix& m, const uint8_t* from, const Ring& to, Cursor& cursor) {
+#pragma unroll 1
+    for (int c = 0; c < m.chunks; ++c) {
+      const int bytes = 2 * kTileRows * min(m.chunk, m.padded - c * m.chunk) + (c == 0 ? kTileHeader : 0);
+      mbarrier_wait(to.empty + cursor.stage, cursor.parity ^ 1);
+      fetch(to.at(cursor.stage), from, bytes, to.full + cursor.stage);
+      cursor.advance(to.stages);
+      from += bytes;
+    }
+  }
 };
 
-// 32 * (kTileRows * groups + 1) threads; the last warp fetches. `row`: floats of the longest activation row
+// 32 * (kTileRows * groups + 1) threads; the last warp fetches. `row`: floats of the longest activation row; `fixed`:
+// bytes of shared memory before the stages
 template <typename T, int groups>
 __device__ inline void persistent_step(const PersistentParams& p, uint4* shared, int row, int fixed) {
   constexpr int kThreads = consumer_threads(groups);
   float* const floats = reinterpret_cast<float*>(shared);
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(shared);
-  uint64_t* const barriers = reinterpret_cast<uint64_t*>(bytes + fixed) - 2 * kMaxStages;
-  const Ring ring = {barriers, barriers + kMaxStages, bytes + fixed, p.stages, stage_bytes(p.qkv.chunk)};
-  if (threadIdx.x < static_cast<unsigned>(p.stages)) {
-    mbarrier_init(ring.full + threadIdx.x, arrivals_when_full());
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(bytes + fixed) - 2 * kMaxStages * groups;
+  const Ring first = {barriers, barriers + groups * p.stages, bytes + fixed, p.stages, stage_bytes(p.qkv.chunk)};
+  if (threadIdx.x < static_cast<unsigned>(groups * p.stages)) {
+    mbarrier_init(first.full + threadIdx.x, arrivals_when_full());
     // one arrival for each warp of the group that multiplies a tile
-    mbarrier_init(ring.empty + threadIdx.x, kTileRows);
+    mbarrier_init(first.empty + threadIdx.x, kTileRows);
     mbarriers_ready();
   }
   __syncthreads();
   if (threadIdx.x >= kThreads) {
-    Producer<T, groups>(p, ring).run();
+    Producer<T, groups>(p, first).run();
   } else {
-    Consumers<T, groups>(p, ring, floats, row).run();
+    const int group = threadIdx.x / (32 * kTileRows);
+    Consumers<T, groups>(p, ring_of(first, group), floats, row).run();
   }
 }
 

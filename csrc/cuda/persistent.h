@@ -103,6 +103,7 @@ struct PersistentParams {
   int32_t n_head = 0;
   int32_t head_dim = 0;
   int32_t n_embd = 0;
+  // of each ring
   int32_t stages = 0;
 };
 
@@ -134,11 +135,10 @@ inline void set_workspace(PersistentParams& p, float* from) {
 }
 
 constexpr int kMaxHeadDim = 128;
-// warps that multiply: two groups, which take tiles in turn. One more warp fetches
+// groups of eight warps that multiply; they take tiles in turn, each from a ring of its own. One more warp fetches
 constexpr int kGroups = 2;
-constexpr int kMinStages = 2;
-// more would not be filled between two barriers of a layer of any GPT-2
-constexpr int kMaxStages = 32;
+// of each ring; more would not be filled between two barriers of a layer of any GPT-2
+constexpr int kMaxStages = 16;
 
 inline int longest_row(const PersistentParams& p) {
   const int wide = p.proj.padded > p.n_embd ? p.proj.padded : p.n_embd;
@@ -151,13 +151,18 @@ __host__ __device__ constexpr int attention_floats(int groups) { return 64 + kTi
 inline int fixed_bytes(const PersistentParams& p, int groups) {
   const int row = longest_row(p), attention = attention_floats(groups);
   const int floats = (row > attention ? row : attention) + 2 * p.n_embd + 2 * kTileRows * groups;
-  return round_up(4 * floats + 16 * kMaxStages, 128);
+  return round_up(4 * floats + 16 * kMaxStages * groups, 128);
+}
+// stages of each ring that fit so many bytes, 0: none do
+inline int stages_in(const PersistentParams& p, int groups, int bytes) {
+  const int stages = (bytes - fixed_bytes(p, groups)) / (groups * stage_bytes(p.qkv.chunk));
+  return stages < 0 ? 0 : stages < kMaxStages ? stages : kMaxStages;
 }
 inline int persistent_bytes(const PersistentParams& p, int groups) {
-  return fixed_bytes(p, groups) + p.stages * stage_bytes(p.qkv.chunk);
+  return fixed_bytes(p, groups) + groups * p.stages * stage_bytes(p.qkv.chunk);
 }
 
-// Blocks that a launch on the current device would have and the stages of each, by what its multiprocessors hold.
+// Blocks that a launch on the current device would have and the stages of their rings, by what a multiprocessor holds.
 // Returns nullptr, or why there can be none.
 const char* persistent_grid(const PersistentParams& params, Type type, int* blocks, int* stages);
 

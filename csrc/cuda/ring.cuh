@@ -1,4 +1,4 @@
-// What the persistent kernel waits with: a ring of stages in shared memory that one warp fills by asynchronous copies
+// What the persistent kernel waits with: rings of stages in shared memory that one warp fills by asynchronous copies
 // (mbarriers say when a stage is full and when it is empty again), and a barrier of all blocks.
 //
 // Sources: PTX ISA, "mbarrier", "cp.async.bulk", "cp.async.mbarrier.arrive"; CUDA programming guide, "Cooperative
@@ -132,15 +132,13 @@ struct Cursor {
   int stage = 0;
   uint32_t parity = 0;
 
-  __device__ void advance(int stages, int by = 1) {
-#pragma unroll 1
-    for (; by > 0; --by) {
-      if (++stage == stages) stage = 0, parity ^= 1;
-    }
+  __device__ void advance(int stages) {
+    if (++stage == stages) stage = 0, parity ^= 1;
   }
 };
 
-// Shared memory of the ring: an mbarrier for full and one for empty a stage, then the stages.
+// Shared memory of a ring: an mbarrier for full and one for empty a stage, then the stages. A parity tells a round from
+// the one before it and no more, so who waits for a stage must be the one who emptied it: one ring for each group.
 struct Ring {
   uint64_t* full;
   uint64_t* empty;

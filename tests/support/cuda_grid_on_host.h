@@ -20,8 +20,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -34,6 +32,8 @@ namespace on_host {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 32 * 1024;
+// behind shared memory, to notice what is written there
+constexpr size_t kGuard = 2048;
 
 struct Faults {
   // the how manieth barrier of the grid nobody waits at, -1: none
@@ -100,12 +100,15 @@ struct Grid {
   jmp_buf scheduler;
   // anything that may end a wait counts as an event
   uint64_t events = 0, turn = 0;
+  // what went wrong
+  const char* error = nullptr;
 };
 inline Grid grid;
 
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "cuda_grid_on_host: %s\n", what);
-  std::abort();
+// the run ends: at once if a thread says so
+inline void fail(const char* what) {
+  if (grid.error == nullptr) grid.error = what;
+  if (grid.current != nullptr) _longjmp(grid.scheduler, 1);
 }
 
 template <typename Ready>
@@ -139,7 +142,7 @@ inline void ended(MBarrier& barrier) {
 }
 inline void arrive(MBarrier& barrier) {
   ++grid.events;
-  if (barrier.missing == 0) fail("an mbarrier got more arrivals than it expects");
+  if (barrier.missing == 0) return fail("an mbarrier got more arrivals than it expects");
   --barrier.missing;
   ended(barrier);
 }
@@ -173,20 +176,25 @@ inline void finish_copies() {
   }
 }
 
-// Run so many blocks of so many threads, of which all but the last warp are consumers.
-inline void run(int blocks, int threads, size_t shared_bytes, unsigned seed, const std::function<void(uint4*)>& body) {
+// Run so many blocks of so many threads, of which all but the last warp are consumers. Returns nullptr, or what was
+// wrong.
+inline const char* run(int blocks, int threads, size_t shared_bytes, unsigned seed,
+                       const std::function<void(uint4*)>& body) {
   grid.blocks = blocks, grid.threads = threads, grid.shared_bytes = shared_bytes, grid.body = body;
   grid.random.seed(seed);
   grid.events = grid.turn = 0;
+  grid.error = nullptr;
+  grid.current = nullptr;
+  grid.copies.clear();
   grid.fibers = std::vector<Fiber>(static_cast<size_t>(blocks) * threads);
   grid.each = std::vector<Block>(blocks);
   const size_t bytes = kStack * grid.fibers.size();
   void* stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (stacks == MAP_FAILED) fail("there is no memory for the stacks of the threads");
+  if (stacks == MAP_FAILED) return "there is no memory for the stacks of the threads";
   for (int b = 0; b < blocks; ++b) {
     Block& each = grid.each[b];
-    // all bits set is NaN in every dtype; one more place notices what is written behind
-    each.memory.assign(shared_bytes / sizeof(uint4) + 9, uint4{~0u, ~0u, ~0u, ~0u});
+    // all bits set is NaN in every dtype; eight more for the alignment
+    each.memory.assign(shared_bytes / sizeof(uint4) + kGuard + 8, uint4{~0u, ~0u, ~0u, ~0u});
     each.shared = reinterpret_cast<uint4*>((reinterpret_cast<uintptr_t>(each.memory.data()) + 127) / 128 * 128);
     each.warps.resize(threads / kWarp);
     each.exchanged.assign(2 * threads, 0.0f);
@@ -212,13 +220,13 @@ inline void run(int blocks, int threads, size_t shared_bytes, unsigned seed, con
     if (seed != 0) std::shuffle(begin, begin + threads, grid.random);
   }
   size_t left = order.size();
-  while (left > 0) {
+  while (left > 0 && grid.error == nullptr) {
     const uint64_t before = grid.events;
     ++grid.turn;
     finish_copies();
     for (int b = 0; b < blocks; ++b) {
       // a block runs until it waits for another, or for a copy
-      for (uint64_t seen = ~grid.events; seen != grid.events;) {
+      for (uint64_t seen = ~grid.events; seen != grid.events && grid.error == nullptr;) {
         seen = grid.events;
         for (int t = 0; t < threads; ++t) {
           Fiber& fiber = grid.fibers[order[static_cast<size_t>(b) * threads + t]];
@@ -229,17 +237,23 @@ inline void run(int blocks, int threads, size_t shared_bytes, unsigned seed, con
             fiber.started = true;
             setcontext(&fiber.first);
           }
+          grid.current = nullptr;
+          if (grid.error != nullptr) break;
           if (fiber.done) --left;
         }
       }
     }
     if (grid.events == before && grid.copies.empty()) fail("all threads wait, and nothing is under way");
   }
-  if (!grid.copies.empty()) fail("the kernel ended with copies under way");
-  for (Block& each : grid.each) {
-    if (each.shared[shared_bytes / sizeof(uint4)].x != ~0u) fail("shared memory was written behind its end");
+  if (grid.error == nullptr && !grid.copies.empty()) fail("the kernel ended with copies under way");
+  for (const Block& each : grid.each) {
+    const uint4* behind = each.shared + shared_bytes / sizeof(uint4);
+    if (std::any_of(behind, behind + kGuard, [](const uint4& place) { return place.x != ~0u; })) {
+      fail("shared memory was written behind its end");
+    }
   }
   munmap(stacks, bytes);
+  return grid.error;
 }
 
 struct Index {

@@ -17,7 +17,10 @@ SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448}
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = (*((name, ctypes.c_int32) for name in ("n", "k", "padded", "chunk", "chunks", "tiles")), ("tile_bytes", ctypes.c_int64))
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("n", "k", "padded", "chunk", "chunks", "tiles")),
+        ("tile_bytes", ctypes.c_int64),
+    )
 
 
 class PersistentParams(ctypes.Structure):
@@ -69,7 +72,7 @@ class Device:
     Attributes:
         blocks: of the grid, where the launcher does not ask for fewer.
         groups: of consumer warps; 2 on a device.
-        stages: of the ring; 0: as many as shared memory of ``architecture`` holds, 32 at most.
+        stages: of each group's ring; 0: as many as shared memory of ``architecture`` holds.
         bulk: stages arrive as bulk copies (sm_90), else piece by piece from each lane (sm_80).
         seed: of the order in which blocks and threads go on, and of the time that copies take.
         faults: what is left out.
@@ -109,10 +112,13 @@ def library() -> ctypes.CDLL:
     assert loaded.size_of_faults() == ctypes.sizeof(Faults)
     for name in ("model_stream_bytes", "model_workspace_floats"):
         getattr(loaded, name).restype = ctypes.c_int64
+    loaded.run_persistent.restype = ctypes.c_char_p
     return loaded
 
 
-def sized(n_layer: int, n_head: int, head_dim: int, n_embd: int, inner: int, vocab: int, splits: int) -> PersistentParams:
+def sized(
+    n_layer: int, n_head: int, head_dim: int, n_embd: int, inner: int, vocab: int, splits: int
+) -> PersistentParams:
     """Parameters with the sizes of a model."""
     params = PersistentParams()
     library().set_model(ctypes.byref(params), n_layer, n_head, head_dim, n_embd, inner, vocab, splits)
@@ -120,8 +126,8 @@ def sized(n_layer: int, n_head: int, head_dim: int, n_embd: int, inner: int, voc
 
 
 def stages_for(params: PersistentParams, groups: int, architecture: int) -> int:
-    """Stages that a device of an architecture has room for."""
-    return min(32, library().model_stages(ctypes.byref(params), SHARED_BYTES[architecture], groups))
+    """Stages of each ring that a device of an architecture has room for."""
+    return library().model_stages(ctypes.byref(params), SHARED_BYTES[architecture], groups)
 
 
 @functools.cache
@@ -178,7 +184,7 @@ def _run_on_host(
     params.barrier, params.logits = barrier.data_ptr(), logits.data_ptr()
     params.hidden = None if hidden is None else hidden.data_ptr()
     stages = device.stages or stages_for(params, device.groups, device.architecture)
-    library().run_persistent(
+    error = library().run_persistent(
         ctypes.byref(params),
         ctypes.c_void_p(workspace.data_ptr()),
         cache.dtype == torch.bfloat16,
@@ -189,6 +195,8 @@ def _run_on_host(
         device.seed,
         ctypes.byref(device.faults),
     )
+    if error is not None:
+        raise RuntimeError(f"persistent_decode_cuda on the host: {error.decode()}")
 
 
 def new_state(n_embd: int, wide: int, inner: int, n_head: int, num_splits: int) -> tuple[Tensor, Tensor]:
