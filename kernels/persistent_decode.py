@@ -6,10 +6,10 @@
                 x = x + activation(norm(x) w_fc^T + b) w_down^T + b
     hidden = norm(x);  logits = hidden w_head^T
 
-Why it exists: a step of 124M parameters is some sixty dependent phases, and between two launches the memory idles. Here
-a block on each multiprocessor runs all phases, with a barrier of the grid between them, and one of its warps streams the
-block's share of the weights through a ring in shared memory all the while: weights do not depend on activations, so the
-memory works through the barriers.
+Why it exists: a step of 124M parameters is some sixty dependent phases, and between two launches the memory idles.
+Here a block on each multiprocessor runs all phases, with a barrier of the grid between them, and one of its warps
+streams the block's share of the weights through rings in shared memory all the while: weights do not depend on
+activations, so the memory works through the barriers.
 
 Weights, keys and values are float16 or bfloat16; activations and sums are float32 everywhere. A row of a weight is
 summed by one warp in an order that its length alone decides, splits of attention go by absolute position and are merged

@@ -73,56 +73,39 @@ class Consumers {
         warp(thread / 32),
         lane(thread % 32) {}
 
+  // One loop over the products rather than a layer's phases one after another: the code of a phase stands there once,
+  // and all of it stays in the instruction cache.
   __device__ void run() {
-    const float* norms = p.norms;
-    load_norm(norms);
+    load_norm(p.norms);
     meet();
+    const int steps = kHead * p.n_layer;
     // which block has the first tile of the next weight
     uint32_t turn = 0;
 #pragma unroll 1
-    for (int layer = 0; layer < p.n_layer; ++layer) {
-      if (has_tile(p.qkv, turn) || (layer == 0 && blockIdx.x == 0)) {
-        layer == 0 ? embed() : load_residual();
-        normalise(p.n_embd);
-      }
-      multiply(p.qkv, turn, [&](int column, float y, float) { store_qkv(layer, column, y); });
-      arrive();
-      prefetch_cache(layer);
-      wait();
-
-      attend(layer);
-      arrive();
-      wait();
-
-      if (has_tile(p.proj, turn)) merge();
-      const auto add = [&](int column, float y, float before) { p.x[column] = before + y; };
-      multiply(p.proj, turn, add, p.x);
-      arrive();
-      load_norm(norms += 2 * p.n_embd);
-      wait();
-
-      if (has_tile(p.fc, turn)) {
-        load_residual();
-        normalise(p.n_embd);
-      }
-      multiply(p.fc, turn, [&](int column, float y, float) { p.inner[column] = activated(y, p.activation); });
-      arrive();
-      wait();
-
-      if (has_tile(p.down, turn)) load_row(p.inner, p.down.k, p.down.padded);
-      multiply(p.down, turn, add, p.x);
-      arrive();
-      load_norm(norms += 2 * p.n_embd);
-      wait();
-    }
-    if (has_tile(p.head, turn) || (p.hidden != nullptr && blockIdx.x == 0)) {
-      load_residual();
-      normalise(p.n_embd);
-      if (p.hidden != nullptr && blockIdx.x == 0) {
+    for (int step = 0; step <= steps; ++step) {
+      const int layer = step / kHead;
+      const Product product = step == steps ? kHead : static_cast<Product>(step % kHead);
+      const Matrix& m = p.weights[product];
+      // the first block keeps the embedding and the last hidden row, also if it has no tile
+      const bool keeps = blockIdx.x == 0 && (step == 0 || step == steps);
+      if (first_tile(turn) < m.tiles || keeps) load_input(product, step == 0);
+      if (step == steps && keeps && p.hidden != nullptr) {
         for (int e = thread; e < p.n_embd; e += kThreads) p.hidden[e] = activations[place(e)];
       }
+      multiply(product, layer, turn);
+      turn = next_turn(m, turn);
+      if (step == steps) break;
+      arrive();
+      // what needs nothing from other blocks, while they arrive
+      if (product == kQkv) prefetch_cache(layer);
+      if (product == kProj || product == kDown) load_norm(p.norms + (step + 1) / 2 * 2 * p.n_embd);
+      wait();
+      if (product == kQkv) {
+        attend(layer);
+        arrive();
+        wait();
+      }
     }
-    multiply(p.head, turn, [&](int column, float y, float) { p.logits[column] = y; });
   }
 
  private:
@@ -150,8 +133,6 @@ class Consumers {
     if (thread == 0) grid.wait();
     meet();
   }
-
-  __device__ static bool has_tile(const Matrix& m, uint32_t turn) { return first_tile(turn) < m.tiles; }
 
  public:
   // tiles are dealt to the blocks in turn, from one weight to the next without a break
@@ -190,6 +171,17 @@ class Consumers {
     }
   }
 
+  // the row that the next product multiplies
+  __device__ void load_input(Product product, bool first) {
+    if (product == kProj) return merge();
+    if (first) {
+      embed();
+    } else {
+      load_row(product == kDown ? p.inner : p.x, p.weights[product].k, p.weights[product].padded);
+    }
+    if (product != kDown) normalise(p.n_embd);
+  }
+
   // wte[id] + wpe[position]; not a number where there is no such row
   __device__ void embed() {
     const int64_t id = *p.input_id, position = *p.position_id;
@@ -198,13 +190,11 @@ class Consumers {
       const float x =
           known ? T::value(p.wte[id * p.wte_stride + e]) + T::value(p.wpe[position * p.wpe_stride + e]) : NAN;
       activations[place(e)] = x;
-      // the first block's is the one that the projections add to, two barriers from here
+      // what the projections add to, two barriers from here
       if (blockIdx.x == 0) p.x[e] = x;
     }
     meet();
   }
-
-  __device__ void load_residual() { load_row(p.x, p.n_embd, p.n_embd); }
 
   // float32 [k] that other blocks have written, followed by zeros
   __device__ void load_row(const float* from, int k, int padded) {
@@ -251,18 +241,19 @@ class Consumers {
     meet();
   }
 
-  // finish(column, row . x + bias, before[column]) by one lane, for the rows of this block's tiles
-  template <typename Finish>
-  __device__ void multiply(const Matrix& m, uint32_t& turn, const Finish& finish, const float* before = nullptr) {
+  // the rows of this block's tiles by the row in shared memory
+  __device__ void multiply(Product product, int layer, uint32_t turn) {
+    const Matrix& m = p.weights[product];
     const int group = warp / kTileRows, row = warp % kTileRows;
+    const bool adds = product == kProj || product == kDown;
     int mine = 0;
 #pragma unroll 1
     for (int tile = first_tile(turn); tile < m.tiles; tile += gridDim.x, ++mine) {
       if (mine % groups != group) continue;
       const int column = tile * kTileRows + row;
-      const bool last = lane == 0 && column < m.n;
+      const bool speaks = lane == 0 && column < m.n;
       // on its way while the row is multiplied; this warp alone writes it
-      const float residual = last && before != nullptr ? load_fresh(before + column) : 0.0f;
+      const float before = speaks && adds ? load_fresh(p.x + column) : 0.0f;
       float bias = 0.0f, total[4] = {};
 #pragma unroll 1
       for (int c = 0; c < m.chunks; ++c) {
@@ -281,9 +272,18 @@ class Consumers {
         cursor.advance(ring.stages);
       }
       const float y = lanes_sum((total[0] + total[1]) + (total[2] + total[3])) + bias;
-      if (last) finish(column, y, residual);
+      if (speaks) finish_column(product, layer, column, y, before);
     }
-    turn = next_turn(m, turn);
+  }
+
+  __device__ void finish_column(Product product, int layer, int column, float y, float before) {
+    if (product == kQkv) {
+      store_qkv(layer, column, y);
+    } else if (product == kFc) {
+      p.inner[column] = activated(y, p.activation);
+    } else {
+      (product == kHead ? p.logits : p.x)[column] = y + before;
+    }
   }
 
   // units of eight elements, of one row of a chunk
@@ -476,26 +476,27 @@ class Producer {
   __device__ Producer(const PersistentParams& params, const Ring& first) : p(params), ring(first) {}
 
   __device__ void run() {
+    const int steps = kHead * p.n_layer;
+    const uint8_t* weight = p.stream;
+    uint32_t turn = 0;
 #pragma unroll 1
-    for (int layer = 0; layer < p.n_layer; ++layer) {
-      fetch_tiles(p.qkv);
-      fetch_tiles(p.proj);
-      fetch_tiles(p.fc);
-      fetch_tiles(p.down);
+    for (int step = 0; step <= steps; ++step) {
+      const Matrix& m = p.weights[step == steps ? kHead : step % kHead];
+      fetch_tiles(m, weight, turn);
+      weight += m.tiles * m.tile_bytes;
+      turn = Order::next_turn(m, turn);
     }
-    fetch_tiles(p.head);
   }
 
  private:
+  using Order = Consumers<T, groups>;
+
   const PersistentParams& p;
   // of the first group; those of the others stand behind it
   const Ring ring;
-  const uint8_t* weight = p.stream;
   Cursor cursors[groups];
-  uint32_t turn = 0;
 
-  __device__ void fetch_tiles(const Matrix& m) {
-    using Order = Consumers<T, groups>;
+  __device__ void fetch_tiles(const Matrix& m, const uint8_t* weight, uint32_t turn) {
     int group = 0;
 #pragma unroll 1
     for (int tile = Order::first_tile(turn); tile < m.tiles; tile += gridDim.x) {
@@ -506,8 +507,6 @@ class Producer {
       }
       group = group + 1 == groups ? 0 : group + 1;
     }
-    weight += m.tiles * m.tile_bytes;
-    turn = Order::next_turn(m, turn);
   }
 
   __device__ void fetch_tile(const Matrix& m, const uint8_t* from, const Ring& to, Cursor& cursor) {
@@ -530,7 +529,8 @@ __device__ inline void persistent_step(const PersistentParams& p, uint4* shared,
   float* const floats = reinterpret_cast<float*>(shared);
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(shared);
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(bytes + fixed) - 2 * kMaxStages * groups;
-  const Ring first = {barriers, barriers + groups * p.stages, bytes + fixed, p.stages, stage_bytes(p.qkv.chunk)};
+  const Ring first = {barriers, barriers + groups * p.stages, bytes + fixed, p.stages,
+                      stage_bytes(p.weights[kQkv].chunk)};
   if (threadIdx.x < static_cast<unsigned>(groups * p.stages)) {
     mbarrier_init(first.full + threadIdx.x, arrivals_when_full());
     // one arrival for each warp of the group that multiplies a tile

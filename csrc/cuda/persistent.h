@@ -54,10 +54,13 @@ inline Matrix matrix_of(int n, int k, int chunk) {
 }
 inline int64_t bytes_of(const Matrix& m) { return m.tiles * m.tile_bytes; }
 
+// the weights of a step by their use, in the order of that
+enum Product : int32_t { kQkv, kProj, kFc, kDown, kHead };
+
 struct PersistentParams {
-  // the layers one after another, each with qkv, proj, fc, down; then head
+  // the layers one after another, each with the first four of the weights; then the head
   const uint8_t* stream = nullptr;
-  Matrix qkv, proj, fc, down, head;
+  Matrix weights[5];
   // [2 * n_layer + 1][weight, bias][n_embd]: of attention, of the inner layer, ..., the final one
   const float* norms = nullptr;
   // [n_layer]: of the scores, times log2(e)
@@ -111,26 +114,28 @@ struct PersistentParams {
 inline void set_sizes(PersistentParams& p, int n_layer, int n_head, int head_dim, int n_embd, int inner, int vocab) {
   const int wide = n_head * head_dim, chunk = chunk_elements(n_embd);
   p.n_layer = n_layer, p.n_head = n_head, p.head_dim = head_dim, p.n_embd = n_embd, p.vocab = vocab;
-  p.qkv = matrix_of(3 * wide, n_embd, chunk);
-  p.proj = matrix_of(n_embd, wide, chunk);
-  p.fc = matrix_of(inner, n_embd, chunk);
-  p.down = matrix_of(n_embd, inner, chunk);
-  p.head = matrix_of(vocab, n_embd, chunk);
+  p.weights[kQkv] = matrix_of(3 * wide, n_embd, chunk);
+  p.weights[kProj] = matrix_of(n_embd, wide, chunk);
+  p.weights[kFc] = matrix_of(inner, n_embd, chunk);
+  p.weights[kDown] = matrix_of(n_embd, inner, chunk);
+  p.weights[kHead] = matrix_of(vocab, n_embd, chunk);
 }
 inline int64_t stream_bytes(const PersistentParams& p) {
-  return p.n_layer * (bytes_of(p.qkv) + bytes_of(p.proj) + bytes_of(p.fc) + bytes_of(p.down)) + bytes_of(p.head);
+  return p.n_layer * (bytes_of(p.weights[kQkv]) + bytes_of(p.weights[kProj]) + bytes_of(p.weights[kFc]) +
+                      bytes_of(p.weights[kDown])) +
+         bytes_of(p.weights[kHead]);
 }
 
 // floats of the workspace, and its parts: x, query, inner, values, lse. Each begins at a multiple of four
 inline int64_t workspace_floats(const PersistentParams& p) {
-  const int64_t wide = p.proj.k, splits = static_cast<int64_t>(p.n_head) * p.num_splits;
-  return p.n_embd + wide + round_up(p.fc.n, 4) + splits * p.head_dim + splits;
+  const int64_t wide = p.weights[kProj].k, splits = static_cast<int64_t>(p.n_head) * p.num_splits;
+  return p.n_embd + wide + round_up(p.weights[kFc].n, 4) + splits * p.head_dim + splits;
 }
 inline void set_workspace(PersistentParams& p, float* from) {
   p.x = from;
   p.query = p.x + p.n_embd;
-  p.inner = p.query + p.proj.k;
-  p.values = p.inner + round_up(p.fc.n, 4);
+  p.inner = p.query + p.weights[kProj].k;
+  p.values = p.inner + round_up(p.weights[kFc].n, 4);
   p.lse = p.values + static_cast<int64_t>(p.n_head) * p.num_splits * p.head_dim;
 }
 
@@ -141,8 +146,8 @@ constexpr int kGroups = 2;
 constexpr int kMaxStages = 16;
 
 inline int longest_row(const PersistentParams& p) {
-  const int wide = p.proj.padded > p.n_embd ? p.proj.padded : p.n_embd;
-  return wide > p.down.padded ? wide : p.down.padded;
+  const int wide = p.weights[kProj].padded > p.n_embd ? p.weights[kProj].padded : p.n_embd;
+  return wide > p.weights[kDown].padded ? wide : p.weights[kDown].padded;
 }
 __host__ __device__ constexpr int stage_bytes(int chunk) { return round_up(kTileHeader + 2 * kTileRows * chunk, 128); }
 // floats that attention needs of shared memory: scores of a split, and a sum for each warp
@@ -155,11 +160,11 @@ inline int fixed_bytes(const PersistentParams& p, int groups) {
 }
 // stages of each ring that fit so many bytes, 0: none do
 inline int stages_in(const PersistentParams& p, int groups, int bytes) {
-  const int stages = (bytes - fixed_bytes(p, groups)) / (groups * stage_bytes(p.qkv.chunk));
+  const int stages = (bytes - fixed_bytes(p, groups)) / (groups * stage_bytes(p.weights[kQkv].chunk));
   return stages < 0 ? 0 : stages < kMaxStages ? stages : kMaxStages;
 }
 inline int persistent_bytes(const PersistentParams& p, int groups) {
-  return fixed_bytes(p, groups) + groups * p.stages * stage_bytes(p.qkv.chunk);
+  return fixed_bytes(p, groups) + groups * p.stages * stage_bytes(p.weights[kQkv].chunk);
 }
 
 // Blocks that a launch on the current device would have and the stages of their rings, by what a multiprocessor holds.

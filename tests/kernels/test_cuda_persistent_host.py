@@ -100,7 +100,7 @@ class Sequence:
         for token in range(length):
             block, offset = self.place(token)
             self.cache[:, :, block, :, offset] = torch.randn(n_layer, 2, model.n_head, model.head_dim).to(
-                shape_dtype(model)
+                model.head.dtype
             )
         self.splits = splits or -(-(length + 8) // 64)
         sizes = model.head.size(1), wide, model.weights.inner, model.n_head, self.splits
@@ -139,10 +139,6 @@ class Sequence:
         """[n_layer, 2, n_head, length, head_dim] float64, as the cache holds it."""
         blocks = self.cache[:, :, self.table[0].long()]
         return blocks.transpose(2, 3).flatten(3, 4)[:, :, :, : self.length].double()
-
-
-def shape_dtype(model):
-    return model.head.dtype
 
 
 def check(sequence, logits, hidden, token=5):
@@ -397,5 +393,5 @@ def test_published_sizes_fit_shared_memory(layers, heads, d):
     # biases and the last tile of the vocabulary come on top
     assert 2 * weights <= stream <= 1.005 * 2 * weights
     chunk = chunk_elements(d)
-    assert params.head.chunk == chunk
+    assert all(weight.chunk == chunk for weight in params.weights)
     assert library().model_stage_bytes(ctypes.byref(params)) == -(-(32 + 16 * chunk) // 128) * 128

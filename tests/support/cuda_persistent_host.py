@@ -28,7 +28,8 @@ class PersistentParams(ctypes.Structure):
 
     _fields_ = (
         ("stream", ctypes.c_void_p),
-        *((name, Matrix) for name in ("qkv", "proj", "fc", "down", "head")),
+        # qkv, proj, fc, down, head
+        ("weights", 5 * Matrix),
         ("norms", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("eps", ctypes.c_float),

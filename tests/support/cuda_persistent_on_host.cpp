@@ -35,7 +35,7 @@ int64_t model_stream_bytes(const PersistentParams* p) { return stream_bytes(*p);
 int64_t model_workspace_floats(const PersistentParams* p) { return workspace_floats(*p); }
 // stages of each ring in so many bytes of shared memory
 int model_stages(const PersistentParams* p, int bytes, int groups) { return stages_in(*p, groups, bytes); }
-int model_stage_bytes(const PersistentParams* p) { return stage_bytes(p->qkv.chunk); }
+int model_stage_bytes(const PersistentParams* p) { return stage_bytes(p->weights[kQkv].chunk); }
 
 const char* run_persistent(PersistentParams* p, float* workspace, int bfloat, int groups, int blocks, int stages,
                            int bulk, unsigned seed, const on_host::Faults* faults) {
