@@ -19,6 +19,7 @@ SETTINGS = {
     "GPT2RT_PACKED_CACHE": "0 keeps no packed weights between processes",
     "GPT2RT_PACKED_CACHE_BYTES": "the most that packed weights may take on disk; default: 10 GiB",
     "GPT2RT_CUDA_INT4": "1 gives products of few rows and 4-bit weights to CUDA C++, which no device has proven yet",
+    "GPT2RT_CUDA_PERSISTENT": "1 runs single decode steps as one CUDA C++ kernel, which no device has proven yet",
     "GPT2RT_REQUIRE_CPP": "1 makes a missing C++ extension an error",
     "GPT2RT_LOG": "debug shows tracebacks on the command line",
     "HF_HUB_OFFLINE": "1 forbids downloads",

@@ -34,6 +34,7 @@ from gpt2rt.kernels.write_kv import write_kv_triton
 from gpt2rt.quantization import QuantizedWeight
 
 from .batch import StepBatch
+from .persistent import PersistentStep
 from .plan import (
     Attention,
     Embed,
@@ -48,7 +49,7 @@ from .plan import (
     with_positions,
 )
 
-__all__ = ["MAX_FUSED_NORM", "SPLIT", "Buffers", "Chain", "StepSize"]
+__all__ = ["KERNEL_ACTIVATIONS", "MAX_FUSED_NORM", "SPLIT", "Buffers", "Chain", "StepSize"]
 
 #: up to so many tokens a product takes the norm before it in
 MAX_FUSED_NORM = 64
@@ -57,8 +58,8 @@ MAX_MERGED = 8
 #: columns that rows of logits are padded to, so that each starts on a 256-byte line
 _LOGITS_PAD = 64
 
-# the kernels' names of activations
-_ACTIVATIONS = {
+#: the kernels' names of activations
+KERNEL_ACTIVATIONS = {
     **{name: name for name in ACTIVATIONS},
     "gelu_pytorch_tanh": "gelu_new",
     "gelu_accurate": "gelu_new",
@@ -76,7 +77,7 @@ def unsupported(plan: Plan) -> str:
     if plan.n_embd > 32768:
         return f"n_embd is {plan.n_embd}, and the norm kernels have up to 32768"
     for node in plan.nodes:
-        if isinstance(node, NormLinearAct) and node.activation not in _ACTIVATIONS:
+        if isinstance(node, NormLinearAct) and node.activation not in KERNEL_ACTIVATIONS:
             return f"there is no kernel for the activation {node.activation!r}"
     return ""
 
@@ -198,6 +199,9 @@ class Chain:
             prompt (He et al., "Defeating Nondeterminism in LLM Inference", 2025).
         pdl: programmatic dependent launch; sm_90 and later.
 
+    Attributes:
+        persistent: what runs the steps that it serves in one launch instead; None, unless the executor sets it.
+
     Raises:
         ValueError: the chain cannot run the plan (see :func:`unsupported`).
     """
@@ -209,6 +213,7 @@ class Chain:
         self.plan = plan
         self.batch_invariant = batch_invariant
         self.pdl = pdl
+        self.persistent: PersistentStep | None = None
         self._packed: dict[int, DeviceWeight] = {}
         self._products: dict[int, _Product] = {}
         for node in plan.nodes:
@@ -229,6 +234,8 @@ class Chain:
         other = object.__new__(Chain)
         other.__dict__.update(self.__dict__)
         other.plan, other._wpe = with_positions(self.plan, wpe), _rows(wpe)
+        if self.persistent is not None:
+            other.persistent = self.persistent.with_positions(other.plan, wpe)
         return other
 
     @property
@@ -273,6 +280,9 @@ class Chain:
             max_query_len: a bound of the tokens that one sequence computes.
             hidden: the rows after the final norm are wanted too; else they may not be written.
         """
+        if self.persistent is not None and self.persistent.serves(buffers, cache):
+            self.persistent.run(buffers, cache, hidden=hidden)
+            return
         step = _Launches(self, buffers, cache, max_query_len, hidden)
         for node in self.plan.nodes:
             step.launch(node)
@@ -406,7 +416,7 @@ class _Launches:
 
     def _activated(self, node: NormLinearAct) -> None:
         self.branch = self.b.inner[:, : node.linear.weight.shape[0]]
-        activation = _ACTIVATIONS[node.activation]
+        activation = KERNEL_ACTIVATIONS[node.activation]
         self._linear(self.b.x, node.linear, self.branch, norm=node.norm, activation=activation)
 
     def _head(self, node: Head) -> None:

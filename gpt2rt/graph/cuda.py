@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,12 +25,14 @@ from torch import Tensor
 
 from gpt2rt import ops
 from gpt2rt.cache import PagedKVCache
-from gpt2rt.ops.cuda_extension import use_cuda_rows
+from gpt2rt.ops.cuda_extension import use_cuda_rows, use_persistent_decode
 
 from .batch import StepBatch, StepOutput
-from .chain import SPLIT, Buffers, Chain, StepSize, unsupported
+from .chain import KERNEL_ACTIVATIONS, SPLIT, Buffers, Chain, StepSize, unsupported
 from .cuda_graphs import GraphStore
 from .executor import check_step
+from .persistent import PersistentStep
+from .persistent import unsupported as persistent_unsupported
 from .plan import Plan
 
 __all__ = ["BATCH_SIZES", "PROMPT_LENGTHS", "CudaExecutor", "unsupported"]
@@ -85,12 +88,14 @@ class CudaExecutor:
         cache_dtype: what keys and values are stored in unless the caller says otherwise: the plan's dtype.
         chain: the launches of a step.
         graphs: those that were captured, and why not if none are.
+        persistent_disabled: why no step runs as one launch of the persistent kernel (persistent.py); empty if some do.
         lock: held while launches of this executor are queued.
         loop_states: of decode loops, for ``device_loop.py`` alone.
 
     Raises:
         ValueError: this executor cannot run the plan (see ``chain.unsupported``).
-        ImportError: ``GPT2RT_CUDA_INT4=1``, but there is no library of CUDA C++ kernels.
+        ImportError: ``GPT2RT_CUDA_INT4=1`` or ``GPT2RT_CUDA_PERSISTENT=1``, but there is no library of CUDA C++
+            kernels.
         torch.cuda.OutOfMemoryError: the weights do not fit on the device a second time in the kernels' layout.
     """
 
@@ -112,12 +117,31 @@ class CudaExecutor:
         self.pdl = pdl_supported(plan.device) if pdl is None else pdl
         use_cuda_rows(plan.device)
         self.chain = Chain(plan, batch_invariant=batch_invariant, pdl=self.pdl)
+        self.persistent_disabled = self._use_persistent()
         self.graphs = GraphStore(plan.device, enabled=graphs_enabled() if graphs is None else graphs)
         self._buffers: dict[StepSize, Buffers] = {}
         # of decode loops that have ended (device_loop.py), by their sizes
         self.loop_states: dict[tuple[int, bool, int, int], list[Any]] = {}
         # buffers are shared by all who call step, and so are graphs
         self.lock = threading.Lock()
+
+    def _use_persistent(self) -> str:
+        """Give single decode steps to the persistent kernel if that is asked for; says why not."""
+        if not use_persistent_decode(self.plan.device):
+            return "GPT2RT_CUDA_PERSISTENT is not set"
+        reason = "the executor is batch invariant" if self.batch_invariant else persistent_unsupported(self.plan)
+        if not reason:
+            try:
+                self.chain.persistent = PersistentStep(self.plan, KERNEL_ACTIVATIONS)
+            except ValueError as error:
+                reason = str(error)
+        if reason:
+            warnings.warn(
+                f"GPT2RT_CUDA_PERSISTENT is set, but this model's steps are chains of Triton kernels: {reason}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return reason
 
     def with_positions(self, wpe: Tensor) -> CudaExecutor:
         """This executor with another position table [n_positions, n_embd]; the packed weights are shared."""
