@@ -1,7 +1,6 @@
 """The library of CUDA C++ kernels: what setup.py makes of csrc/cuda, the machine code, and when it is loaded."""
 
 import collections
-import os
 import pathlib
 import re
 import shutil
@@ -10,36 +9,27 @@ import sys
 
 import pytest
 import torch
+from cuda_build import build, disassembled
+from cuda_build import built as built_library
 
-from gpt2rt.ops.cuda_extension import cuda_extension_status, use_cuda_rows
+from gpt2rt.ops.cuda_extension import cuda_extension_status, use_cuda_rows, use_persistent_decode
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# instances of the kernel: two dtypes, three formats, two or four parts
+# instances of the kernel for few rows: two dtypes, three formats, two or four parts
 INSTANCES = 12
+# and of the persistent one: test_cuda_persistent_build.py
+PERSISTENT = 2
 # more of them a weight, and unpacking 4-bit codes takes longer than reading them does on an H100
 MOST_INSTRUCTIONS = {"int4": 2.75, "int4_zeros": 2.75, "code4": 3.0}
 
 
-def build(folder, **variables):
-    """setup.py's CUDA half alone, into ``folder``; for sm_90, as compiling for all takes a minute."""
-    environment = {**os.environ, "GPT2RT_CPP": "0", "GPT2RT_CUDA": "1", "GPT2RT_CUDA_ARCHITECTURES": "90", **variables}
-    places = ("--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp"))
-    command = [sys.executable, "setup.py", "build_ext", *places]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built():
     """The library and what the compiler said."""
     if shutil.which("nvcc") is None:
         pytest.skip("the CUDA toolkit (nvcc) is not installed")
-    folder = tmp_path_factory.mktemp("cuda")
-    done = build(folder, NVCC_FLAGS="-Xptxas -v")
-    assert done.returncode == 0, done.stderr
-    (library,) = (folder / "lib").rglob("*.so")
-    assert library.relative_to(folder / "lib") == pathlib.Path("gpt2rt/_C_cuda.so")
-    return library, done.stdout + done.stderr
+    return built_library()
 
 
 def test_library_needs_only_the_c_interface_of_torch(built):
@@ -57,11 +47,11 @@ def test_no_instance_spills(built):
     _, log = built
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     # the PTX for later devices is not compiled here
-    assert len(spills) == INSTANCES, log
+    assert len(spills) == INSTANCES + PERSISTENT, log
     assert set(spills) == {("0", "0", "0")}
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", log)]
     # 13 warps, four of them on one quarter of a multiprocessor with its 16384 registers
-    assert len(registers) == INSTANCES
+    assert len(registers) == INSTANCES + PERSISTENT
     assert max(registers) <= 128
 
 
@@ -70,15 +60,13 @@ def instructions(built):
     """(format, parts, dtype) -> instructions of that instance, in the order of the machine code."""
     triton = pytest.importorskip("triton")
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    listed = subprocess.run([tool, "-sass", built[0]], capture_output=True, text=True, check=True).stdout
-    found, current = {}, None
-    for line in listed.splitlines():
-        if "Function :" in line:
-            dtype = "bfloat16" if "BFloat" in line else "float16"
-            format, parts = re.search(r"FormatE(\d)ELi(\d)E", line).groups()
-            current = found.setdefault((("int4", "int4_zeros", "code4")[int(format)], int(parts), dtype), [])
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S+)", line):
-            current.append(match.group(1).rstrip(";"))
+    found = {}
+    for name, code in disassembled(built[0], tool).items():
+        if "persistent" in name:
+            continue
+        format, parts = re.search(r"FormatE(\d)ELi(\d)E", name).groups()
+        key = ("int4", "int4_zeros", "code4")[int(format)], int(parts), "bfloat16" if "BFloat" in name else "float16"
+        found[key] = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in code.values()]
     assert len(found) == INSTANCES
     return found
 
@@ -123,6 +111,11 @@ def test_without_cuda_in_torch_nothing_is_loaded(monkeypatch):
             use_cuda_rows(torch.device("cuda"))
         monkeypatch.setenv("GPT2RT_CUDA_INT4", "0")
         assert not use_cuda_rows(torch.device("cuda"))
+        assert not use_persistent_decode(torch.device("cuda"))
+        monkeypatch.setenv("GPT2RT_CUDA_PERSISTENT", "1")
+        assert not use_persistent_decode(torch.device("cpu"))
+        with pytest.raises(ImportError, match=r"GPT2RT_CUDA_PERSISTENT is set, but torch .* is built without CUDA"):
+            use_persistent_decode(torch.device("cuda"))
     finally:
         cuda_extension_status.cache_clear()
 

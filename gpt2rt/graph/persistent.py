@@ -2,7 +2,7 @@
 
 Opt-in: ``GPT2RT_CUDA_PERSISTENT=1``, for no device has proven it yet. It takes the steps of one token of one sequence,
 of GPT-2s in float16 or bfloat16 and with a cache of the same dtype; prompts, larger batches and other caches go on
-through the chain of Triton kernels. A step's bits are then those of this kernel, which are not those that the same token
+through the chain of Triton kernels. A step's bits are then those of this kernel, which are not those that the token
 would have in company or in a prompt.
 
 Its weights are a copy of their own, in the order in which the kernel reads them, beside those of the chain.

@@ -1,4 +1,4 @@
-"""The cuda executor with the persistent kernel, emulated, for its single steps; Triton's interpreter runs the others."""
+"""The cuda executor with the persistent kernel, emulated, for single steps; Triton's interpreter runs the others."""
 
 import os
 
