@@ -12,6 +12,7 @@ from gpt2rt.lab.problem import Place
 from gpt2rt.lab.registry import OPERATIONS
 
 from .models import DTYPES, FORMATS, make_model, prefill_batch, random_cache
+from .persistent import check_bits, persistent_executor, why_not
 from .session import Session
 
 #: tokens that are fed as a prompt, and one by one after it
@@ -29,6 +30,7 @@ def run(session: Session) -> None:
                 with session.attempt(f"model {name} {format}"):
                     _model(session, name, format, scale)
         _embedded(session)
+        _persistent(session)
         if not session.toy:
             _kernels(session, "measured")
 
@@ -85,8 +87,16 @@ def _ours(executor: Any, ids: Tensor, prompt: int, dtype: torch.dtype) -> Tensor
     return torch.cat(rows)
 
 
-def _compare(session: Session, name: str, model: Any, ids: Tensor, prompt: int, peer_dtype: torch.dtype) -> None:
-    executor = model.generation_executor("cuda")
+def _compare(
+    session: Session,
+    name: str,
+    model: Any,
+    ids: Tensor,
+    prompt: int,
+    peer_dtype: torch.dtype,
+    executor: Any | None = None,
+) -> None:
+    executor = executor or model.generation_executor("cuda")
     found = _ours(executor, ids, prompt, executor.plan.dtype).double()
     wide = _reference(model, session.device, torch.float64)
     expected = wide(ids[None], use_cache=False).logits[0]
@@ -119,6 +129,31 @@ def _model(session: Session, name: str, format: str, scale: float) -> None:
     prompt, steps = (6, 2) if session.toy else (PROMPT, STEPS)
     ids = torch.randint(0, model.config.vocab_size, (prompt + steps,), device=session.device)
     _compare(session, f"model {name} {format}", model, ids, prompt, DTYPES.get(format, torch.float16))
+
+
+def _persistent(session: Session) -> None:
+    """Single steps as one launch of the persistent kernel, after a prompt by the chain."""
+    models = [("toy", "float16", 8.0), ("toy", "bfloat16", 8.0)]
+    if not session.toy:
+        models = [
+            ("124M", "float16", 3.0),
+            ("124M", "bfloat16", 3.0),
+            ("355M", "float16", 3.0),
+            ("1.5B", "float16", 2.0),
+        ]
+    for name, format, scale in models:
+        session.need(20)
+        title = f"persistent {name} {format}"
+        with session.attempt(title):
+            model = make_model(name, format, session.device, scale=scale)
+            executor = persistent_executor(model.generation_executor("cuda"))
+            if executor is None:
+                session.note(title, f"not run: {why_not(model.generation_executor('cuda').plan)}")
+                continue
+            prompt, steps = (6, 2) if session.toy else (PROMPT, STEPS)
+            ids = torch.randint(0, model.config.vocab_size, (prompt + steps,), device=session.device)
+            _compare(session, title, model, ids, prompt, DTYPES[format], executor)
+            check_bits(session, title, executor, 3 if session.dry else 200)
 
 
 def _embedded(session: Session) -> None:

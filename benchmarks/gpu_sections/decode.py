@@ -14,6 +14,8 @@ from gpt2rt.ops.cuda_extension import cuda_extension_status
 
 from .models import DTYPES, ReplayedStep, altered, decode_batch, drop, make_model, random_cache, step_bytes
 from .peers import TRANSFORMERS_MODES, TorchStep, generate_us, transformers_model
+from .persistent import LABEL as PERSISTENT
+from .persistent import persistent_chain
 from .session import Session, as_times
 
 #: new tokens of a measured generation
@@ -35,17 +37,22 @@ def run(session: Session) -> None:
 
 def _steps(session: Session, name: str, format: str, model: Any) -> None:
     executor = model.generation_executor("cuda")
+    persistent = persistent_chain(executor.chain)
     for context in (40,) if session.toy else (256, 1024):
         session.need(15)
-        _context(session, name, format, context, model, executor)
+        _context(session, name, format, context, model, executor, persistent)
 
 
-def _context(session: Session, name: str, format: str, context: int, model: Any, executor: Any) -> None:
+def _context(
+    session: Session, name: str, format: str, context: int, model: Any, executor: Any, persistent: Any | None
+) -> None:
     """The launches of a step, without the host: graphs, with their peers, and the same launched one by one."""
     chain, device = executor.chain, session.device
     cache = random_cache(chain.plan, 1, context, chain.plan.dtype)
     batch = decode_batch(chain.plan, 1, context, device)
     calls: dict[str, Callable[[int], Any]] = {"gpt2rt": ReplayedStep(chain, batch, cache, decode=True)}
+    if persistent is not None:
+        calls[PERSISTENT] = ReplayedStep(persistent, batch, cache, decode=True)
     if chain.pdl and context == 256:
         calls["gpt2rt, no PDL"] = ReplayedStep(altered(chain, pdl=False), batch, cache, decode=True)
     if format in DTYPES:

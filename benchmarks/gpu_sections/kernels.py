@@ -10,6 +10,7 @@ from gpt2rt.lab.problem import Place
 from gpt2rt.lab.registry import OPERATIONS
 from gpt2rt.lab.timing import Times
 
+from .persistent import time_grids
 from .session import Session
 
 #: copies of the data together, beyond every L2 cache
@@ -27,6 +28,8 @@ def label(form: str) -> str:
 
 
 def run(session: Session) -> None:
+    with torch.no_grad():
+        time_grids(session)
     names = [*ORDER, *(name for name in OPERATIONS if name not in ORDER)]
     timer = session.timer(9)
     for name in names:

@@ -27,7 +27,9 @@ FORMATS = {"float16": None, "bfloat16": None, "float32": None, "int8": "int8", "
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def make_model(name: str, format: str, device: torch.device, *, scale: float = 1.0) -> GPT2LMHeadModel:
+def make_model(
+    name: str, format: str, device: torch.device, *, scale: float = 1.0, sizes: dict[str, Any] | None = None
+) -> GPT2LMHeadModel:
     """A random model, the same in every run; quantised formats have float16 activations.
 
     Args:
@@ -35,9 +37,10 @@ def make_model(name: str, format: str, device: torch.device, *, scale: float = 1
         format: of :data:`FORMATS`.
         device: where it is made.
         scale: of all matrices; larger ones make logits that differ more, as trained models have them.
+        sizes: instead of those of ``name``.
     """
     torch.manual_seed(0)
-    config = GPT2Config(**{**MODELS[name], "bos_token_id": 0, "eos_token_id": None})
+    config = GPT2Config(**{**(sizes or MODELS[name]), "bos_token_id": 0, "eos_token_id": None})
     with torch.device(device):
         model = GPT2LMHeadModel(config)
     if scale != 1.0:

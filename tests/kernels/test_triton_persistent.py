@@ -10,12 +10,17 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from cuda_persistent_host import emulating, register
 from cuda_rows_host import why_not
+from gpu_sections import correctness
+from gpu_sections import decode as decode_section
+from gpu_sections import persistent as benchmark
+from gpu_sections.session import Session
 
 from gpt2rt import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 from gpt2rt.cache import PagedKVCache, Sequence
 from gpt2rt.graph import StepBatch, cuda, make_executor, persistent
 from gpt2rt.graph.cuda import CudaExecutor
 from gpt2rt.graph.device_loop import DeviceLoop
+from gpt2rt.ops._library import ExtensionStatus
 
 pytestmark = pytest.mark.kernel
 
@@ -168,3 +173,35 @@ def test_it_is_off_unless_asked_for(monkeypatch):
     # the variable is for CUDA devices
     assert executor.persistent_disabled == "GPT2RT_CUDA_PERSISTENT is not set"
     assert executor.chain.persistent is None
+
+
+def test_the_benchmark_checks_and_times_it(launches, monkeypatch):
+    """Its parts of sections a, c and f, as they run where the library is loaded."""
+    monkeypatch.setattr(benchmark, "cuda_extension_status", lambda: ExtensionStatus(True, "emulated", ""))
+    session = Session(torch.device("cpu"), None, dry=True)
+    with torch.no_grad(), session.section("all"):
+        correctness._persistent(session)
+        model = benchmark.make_model("toy", "float16", session.device)
+        decode_section._steps(session, "toy", "float16", model)
+        benchmark.time_grids(session)
+    section = session.result["sections"]["all"]
+    assert (section["state"], session.failures()) == ("done", [])
+    names = [row["name"] for row in section["rows"]]
+    assert "persistent toy bfloat16: logits" in names
+    assert "persistent toy float16: bits of 3 launches" in names
+    assert "persistent toy float16: bits on 1 of 4 blocks" in names
+    times = {row["name"]: set(row["us"]) for row in section["rows"] if row["kind"] == "times"}
+    assert benchmark.LABEL in times["decode toy float16 context 40"]
+    assert {"gpt2rt", benchmark.LABEL, f"{benchmark.LABEL}, 2 blocks"} <= times["persistent decode toy"]
+    assert "persistent decode, barriers" in times
+    assert launches
+
+
+def test_the_benchmark_says_why_it_has_no_times(launches):
+    session = Session(torch.device("cpu"), None, dry=True)
+    with torch.no_grad(), session.section("all"):
+        correctness._persistent(session)
+        benchmark.time_grids(session)
+    texts = {row["text"] for row in session.result["sections"]["all"]["rows"]}
+    assert texts == {f"not run: {benchmark.cuda_extension_status().reason}"}
+    assert not launches
