@@ -90,11 +90,11 @@ def make_model(n_layer, n_head, head_dim, inner, vocab, *, n_embd=None, dtype=to
 class Sequence:
     """A sequence of random tokens in a paged cache whose other places are NaN, and the state of the kernel."""
 
-    def __init__(self, model, length, *, splits=None):
-        self.model, self.length = model, length
+    def __init__(self, model, length, *, splits=None, block_size=BLOCK):
+        self.model, self.length, self.block_size = model, length, block_size
         n_layer, wide = len(model.layers), model.n_head * model.head_dim
-        count = -(-(length + 8) // BLOCK)
-        shape = n_layer, 2, count + 3, model.n_head, BLOCK, model.head_dim
+        count = -(-(length + 8) // block_size)
+        shape = n_layer, 2, count + 3, model.n_head, block_size, model.head_dim
         self.cache = torch.full(shape, math.nan, dtype=model.head.dtype)
         self.table = torch.randperm(count + 3)[:count].to(torch.int32)[None]
         for token in range(length):
@@ -107,7 +107,7 @@ class Sequence:
         self.workspace, self.barrier = new_state(*sizes)
 
     def place(self, token):
-        return int(self.table[0, token // BLOCK]), token % BLOCK
+        return int(self.table[0, token // self.block_size]), token % self.block_size
 
     def step(self, token=5, **changes):
         """Append a token; logits and hidden row."""
@@ -115,7 +115,7 @@ class Sequence:
         inputs = {
             "input_ids": torch.tensor([token]),
             "position_ids": torch.tensor([self.length]),
-            "slot_mapping": torch.tensor([block * BLOCK + offset]),
+            "slot_mapping": torch.tensor([block * self.block_size + offset]),
             "seq_lens": torch.tensor([self.length + 1], dtype=torch.int32),
             "block_table": self.table,
             **changes,
@@ -187,6 +187,12 @@ def test_heads_that_are_not_the_width_of_the_model():
     for n_embd in (64, 200):
         sequence = Sequence(make_model(2, 3, 40, 90, 33, n_embd=n_embd), 70)
         check(sequence, *sequence.step())
+
+
+@pytest.mark.parametrize("block_size", [8, 32, 128])
+def test_other_block_sizes(block_size):
+    sequence = Sequence(make_model(2, 3, 16, 90, 33), 150, block_size=block_size)
+    check(sequence, *sequence.step())
 
 
 @pytest.mark.parametrize("activation", ["linear", "gelu_new", "gelu", "relu", "silu", "tanh", "quick_gelu"])
