@@ -4,7 +4,7 @@
     per layer:  q, k, v = norm(x) w_qkv^T + b;  k and v to the cache
                 x = x + attention(q, cache) w_proj^T + b
                 x = x + activation(norm(x) w_fc^T + b) w_down^T + b
-    hidden = norm(x);  logits = hidden w_head^T
+    hidden = norm(x);  logits = hidden w_head^T;  chosen = the first of the largest
 
 Why it exists: a step of 124M parameters is some sixty dependent phases, and between two launches the memory idles.
 Here a block on each multiprocessor runs all phases, with a barrier of the grid between them, and one of its warps
@@ -51,6 +51,8 @@ SPLIT = 64
 MAX_HEAD_DIM = 128
 TILE_ROWS = 8
 _HEADER = 4 * TILE_ROWS
+# of a grid; each leaves its largest logit
+_MAX_BLOCKS = 1024
 # the order of fusion.ACTIVATIONS, which needs triton
 _ACTIVATIONS = {
     "linear": lambda y: y,
@@ -176,7 +178,7 @@ def pack_decode_weights(
 
 def workspace_floats(n_embd: int, wide: int, inner: int, n_head: int, num_splits: int) -> int:
     """float32 elements of the workspace of a step; ``wide`` = n_head * head_dim."""
-    return n_embd + wide + -(-inner // 4) * 4 + num_splits * (wide + n_head)
+    return n_embd + wide + -(-inner // 4) * 4 + num_splits * (wide + n_head) + 2 * _MAX_BLOCKS
 
 
 def persistent_decode_ref(
@@ -250,6 +252,7 @@ def persistent_decode_cuda(
     barrier: Tensor,
     logits: Tensor,
     hidden: Tensor | None = None,
+    chosen: Tensor | None = None,
     *,
     num_splits: int,
     blocks: int = 0,
@@ -269,6 +272,7 @@ def persistent_decode_cuda(
             follow one another.
         logits: [vocab_size] or [1, vocab_size] float32; written.
         hidden: [n_embd] or [1, n_embd] float32, the row after the final norm; written. None: not wanted.
+        chosen: [1] int64, the first of the largest logits, -1 unless all are finite; written. None: not wanted.
         num_splits: splits of 64 tokens that the workspace has room for; a longer sequence becomes NaN.
         blocks: of the grid; 0: one a multiprocessor, and never more. Changes no bit.
 
@@ -295,6 +299,7 @@ def persistent_decode_cuda(
         barrier,
         logits,
         hidden,
+        chosen,
         weights.inner,
         num_splits,
         blocks,

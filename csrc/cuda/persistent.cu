@@ -48,7 +48,7 @@ const char* persistent_grid(const PersistentParams& params, Type type, int* bloc
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (resident < 1) return "no block of this model's size fits a multiprocessor";
   // one a multiprocessor: a second would share its memory path and lengthen every barrier
-  *blocks = multiprocessors;
+  *blocks = std::min(multiprocessors, kMaxBlocks);
   return nullptr;
 }
 

@@ -42,6 +42,27 @@ __device__ inline void unpack_eight(const uint4& words, float (&value)[8]) {
   }
 }
 
+// The first of the largest of some numbers: no number yet, or one that is not finite, by its place.
+struct Best {
+  static constexpr int kNone = 0x7fffffff, kNotFinite = -1;
+  float value = -INFINITY;
+  int at = kNone;
+
+  // what is not finite has the lowest place and the highest value
+  __device__ void add(float other, int place) {
+    if (place != kNone && !(fabsf(other) < INFINITY)) other = INFINITY, place = kNotFinite;
+    if (other > value || (other == value && place < at)) value = other, at = place;
+  }
+  // over all 32 lanes, the same in each
+  __device__ void reduce() {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      const float other = shuffle_xor(value, distance);
+      add(other, shuffle_xor(at, distance));
+    }
+  }
+};
+
 // over all 32 lanes, the same in each
 __device__ inline float lanes_sum(float value) {
 #pragma unroll
@@ -92,6 +113,7 @@ class Consumers {
       if (step == steps && keeps && p.hidden != nullptr) {
         for (int e = thread; e < p.n_embd; e += kThreads) p.hidden[e] = activations[place(e)];
       }
+      if (step == steps) forget_best();
       multiply(product, layer, turn);
       turn = next_turn(m, turn);
       if (step == steps) break;
@@ -106,6 +128,7 @@ class Consumers {
         wait();
       }
     }
+    if (p.chosen != nullptr) choose();
   }
 
  private:
@@ -283,7 +306,46 @@ class Consumers {
       p.inner[column] = activated(y, p.activation);
     } else {
       (product == kHead ? p.logits : p.x)[column] = y + before;
+      if (product == kHead) remember(y, column);
     }
+  }
+
+  // ---- the first of the largest logits ---------------------------------------------------------------------------
+
+  // each warp's stands where sums stood
+  __device__ int* best_places() const { return reinterpret_cast<int*>(scratch + kWarps); }
+
+  __device__ void forget_best() {
+    if (lane == 0) scratch[warp] = -INFINITY, best_places()[warp] = Best::kNone;
+  }
+
+  // by one lane
+  __device__ void remember(float logit, int column) {
+    Best best = {scratch[warp], best_places()[warp]};
+    best.add(logit, column);
+    scratch[warp] = best.value, best_places()[warp] = best.at;
+  }
+
+  // of all blocks, by the first one
+  __device__ void choose() {
+    meet();
+    if (warp != 0) return;
+    Best best;
+    if (lane < kWarps) best = {scratch[lane], best_places()[lane]};
+    best.reduce();
+    if (lane == 0) {
+      p.best[blockIdx.x] = best.value, p.best_at[blockIdx.x] = best.at;
+      grid.arrive();
+    }
+    if (blockIdx.x != 0) return;
+    if (lane == 0) grid.wait();
+    warp_meet();
+    best = {};
+    for (int block = lane; block < static_cast<int>(gridDim.x); block += 32) {
+      best.add(load_fresh(p.best + block), load_fresh(p.best_at + block));
+    }
+    best.reduce();
+    if (lane == 0) *p.chosen = best.at;
   }
 
   // units of eight elements, of one row of a chunk

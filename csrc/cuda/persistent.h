@@ -95,12 +95,16 @@ struct PersistentParams {
   float* values = nullptr;
   float* lse = nullptr;
   int32_t num_splits = 0;
+  // of each block: its largest logit and where it stands, kNotFinite if one of them is not finite
+  float* best = nullptr;
+  int32_t* best_at = nullptr;
   // one word, zero before the first launch; every launch leaves it ready for the next
   uint32_t* barrier = nullptr;
 
-  // [vocab] and [n_embd] or null
+  // [vocab], [n_embd] or null, [1] or null: the first of the largest logits, -1 unless all are finite
   float* logits = nullptr;
   float* hidden = nullptr;
+  int64_t* chosen = nullptr;
 
   int32_t n_layer = 0;
   int32_t n_head = 0;
@@ -126,10 +130,14 @@ inline int64_t stream_bytes(const PersistentParams& p) {
          bytes_of(p.weights[kHead]);
 }
 
-// floats of the workspace, and its parts: x, query, inner, values, lse. Each begins at a multiple of four
+// of a grid, at most
+constexpr int kMaxBlocks = 1024;
+
+// floats of the workspace, and its parts: x, query, inner, values, lse, best, best_at. The first four begin at
+// multiples of four
 inline int64_t workspace_floats(const PersistentParams& p) {
   const int64_t wide = p.weights[kProj].k, splits = static_cast<int64_t>(p.n_head) * p.num_splits;
-  return p.n_embd + wide + round_up(p.weights[kFc].n, 4) + splits * p.head_dim + splits;
+  return p.n_embd + wide + round_up(p.weights[kFc].n, 4) + splits * p.head_dim + splits + 2 * kMaxBlocks;
 }
 inline void set_workspace(PersistentParams& p, float* from) {
   p.x = from;
@@ -137,6 +145,9 @@ inline void set_workspace(PersistentParams& p, float* from) {
   p.inner = p.query + p.weights[kProj].k;
   p.values = p.inner + round_up(p.weights[kFc].n, 4);
   p.lse = p.values + static_cast<int64_t>(p.n_head) * p.num_splits * p.head_dim;
+  p.best = p.lse + static_cast<int64_t>(p.n_head) * p.num_splits;
+  // of the same size
+  p.best_at = reinterpret_cast<int32_t*>(p.best + kMaxBlocks);
 }
 
 constexpr int kMaxHeadDim = 128;

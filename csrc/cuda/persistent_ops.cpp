@@ -48,7 +48,8 @@ void persistent_decode(const Tensor& stream, const Tensor& norms, const Tensor& 
                        const Tensor& wte, const Tensor& wpe, const Tensor& input_ids, const Tensor& position_ids,
                        const Tensor& slot_mapping, const Tensor& seq_lens, const Tensor& block_table,
                        const Tensor& cache, const Tensor& workspace, const Tensor& barrier, const Tensor& logits,
-                       const MaybeTensor& hidden, int64_t inner, int64_t num_splits, int64_t blocks) {
+                       const MaybeTensor& hidden, const MaybeTensor& chosen, int64_t inner, int64_t num_splits,
+                       int64_t blocks) {
   check(cache.dim() == 6 && cache.size(1) == 2 && cache.is_contiguous(),
         "cache must be [n_layer, 2, num_blocks, n_head, block_size, head_dim], contiguous");
   const ScalarType type = cache.scalar_type();
@@ -94,6 +95,10 @@ void persistent_decode(const Tensor& stream, const Tensor& norms, const Tensor& 
           "hidden must be float32 of ", n_embd, " elements, contiguous");
     p.hidden = static_cast<float*>(const_cast<void*>(hidden->const_data_ptr()));
   }
+  if (chosen) {
+    check(chosen->scalar_type() == ScalarType::Long && chosen->numel() == 1, "chosen must be int64 of one element");
+    p.chosen = static_cast<int64_t*>(const_cast<void*>(chosen->const_data_ptr()));
+  }
   for (const Tensor& each : {stream, norms, scales, wte, wpe, input_ids, position_ids, slot_mapping, seq_lens,
                              block_table, workspace, barrier, logits}) {
     check(each.get_device_index() == cache.get_device_index(), "the tensors are on different devices");
@@ -125,7 +130,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpt2rt, m) {
   m.def(
       "persistent_decode_cuda(Tensor stream, Tensor norms, Tensor scales, float eps, int activation, Tensor wte, "
       "Tensor wpe, Tensor input_ids, Tensor position_ids, Tensor slot_mapping, Tensor seq_lens, Tensor block_table, "
-      "Tensor(a!) cache, Tensor(b!) workspace, Tensor(c!) barrier, Tensor(d!) logits, Tensor(e!)? hidden, int inner, "
+      "Tensor(a!) cache, Tensor(b!) workspace, Tensor(c!) barrier, Tensor(d!) logits, Tensor(e!)? hidden, Tensor(f!)? "
+      "chosen, int inner, "
       "int num_splits, int blocks) -> ()");
   m.def("persistent_blocks_cuda(Tensor like, int n_head, int head_dim, int n_embd, int inner) -> int");
 }

@@ -101,9 +101,12 @@ __device__ inline void warp_meet() { __syncwarp(); }
 
 __device__ inline float shuffle_xor(float value, int distance) { return __shfl_xor_sync(0xffffffff, value, distance); }
 
+__device__ inline int shuffle_xor(int value, int distance) { return __shfl_xor_sync(0xffffffff, value, distance); }
+
 // what other blocks have written: past L1
 __device__ inline float4 load_fresh(const float4* from) { return __ldcg(from); }
 __device__ inline float load_fresh(const float* from) { return __ldcg(from); }
+__device__ inline int load_fresh(const int* from) { return __ldcg(from); }
 __device__ inline uint4 load_fresh(const uint4* from) { return __ldcg(from); }
 
 #endif  // GPT2RT_ON_HOST

@@ -271,7 +271,15 @@ class Chain:
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
-    def run(self, buffers: Buffers, cache: PagedKVCache, max_query_len: int, *, hidden: bool = True) -> None:
+    def run(
+        self,
+        buffers: Buffers,
+        cache: PagedKVCache,
+        max_query_len: int,
+        *,
+        hidden: bool = True,
+        chosen: Tensor | None = None,
+    ) -> bool:
         """Launch a step on what is in the buffers; logits and hidden rows are there when the device has run it.
 
         Args:
@@ -279,13 +287,18 @@ class Chain:
             cache: where keys and values go.
             max_query_len: a bound of the tokens that one sequence computes.
             hidden: the rows after the final norm are wanted too; else they may not be written.
+            chosen: [num_logits] int64 for the first of the largest logits of each row, -1 unless all are finite.
+
+        Returns:
+            Whether ``chosen`` was written; if not, it is left to the caller.
         """
         if self.persistent is not None and self.persistent.serves(buffers, cache):
-            self.persistent.run(buffers, cache, hidden=hidden)
-            return
+            self.persistent.run(buffers, cache, hidden=hidden, chosen=chosen)
+            return chosen is not None
         step = _Launches(self, buffers, cache, max_query_len, hidden)
         for node in self.plan.nodes:
             step.launch(node)
+        return False
 
     def product(self, linear: Linear) -> _Product:
         """A linear layer of the plan, packed."""

@@ -333,11 +333,12 @@ class _State:
     def _launches(
         self, executor: CudaExecutor, buffers: Buffers, cache: PagedKVCache, settings: tuple[bool, ...]
     ) -> None:
-        executor.chain.run(buffers, cache, 1, hidden=False)
+        wanted = None if self.draws else self.chosen
+        has_chosen = executor.chain.run(buffers, cache, 1, hidden=False, chosen=wanted)
         logits = buffers.logits
-        if not self.draws:
+        if not (self.draws or has_chosen):
             argmax_into_triton(logits, self.chosen, self.work.maxima, self._places, finite=True)
-        else:
+        if self.draws:
             numbers = self._integers
             names = ("seeds", "requests", "choices", "positions")
             uniforms = self._floats["uniforms"]

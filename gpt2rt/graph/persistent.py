@@ -134,8 +134,14 @@ class PersistentStep:
         one = size.num_tokens == size.num_seqs == size.num_logits == 1 and size.num_splits > 0
         return one and cache.data.dtype == self._plan.dtype
 
-    def run(self, buffers: Buffers, cache: PagedKVCache, *, hidden: bool) -> None:
-        """Launch a step on what is in the buffers; ``hidden``: the row after the final norm is wanted too."""
+    def run(self, buffers: Buffers, cache: PagedKVCache, *, hidden: bool, chosen: Tensor | None = None) -> None:
+        """Launch a step on what is in the buffers.
+
+        Args:
+            buffers, cache: that it serves.
+            hidden: the row after the final norm is wanted too.
+            chosen: [1] int64 for the first of the largest logits (-1 unless all are finite), or None.
+        """
         persistent_decode_cuda(
             self.weights,
             self._wte,
@@ -150,6 +156,7 @@ class PersistentStep:
             self._barrier,
             buffers.logits,
             buffers.hidden if hidden else None,
+            chosen,
             num_splits=self._num_splits,
             blocks=self.blocks,
         )

@@ -312,6 +312,35 @@ def test_a_row_outside_its_tables_is_not_a_number(wrong):
     assert hidden.isnan().all()
 
 
+def test_the_first_of_the_largest_logits():
+    """Whatever block has it; of equal ones the lowest, also across blocks; -1 unless all are finite."""
+    model = make_model(1, 2, 16, 64, 900)
+    for blocks in (1, 3, 132):
+        for kind in ("one", "equal", "nan", "inf"):
+            changed = dataclasses.replace(model, head=model.head.clone())
+            sequence = Sequence(changed, 20)
+            logits, hidden = sequence.step()
+            expected = int(logits.argmax())
+            if kind == "equal":
+                # the largest by far, in three tiles
+                for row in (899, 640, 641):
+                    changed.head[row] = 2 * hidden.sign()
+                expected = 640
+            elif kind != "one":
+                changed.head[777] = torch.full((32,), math.nan if kind == "nan" else 65504.0) * hidden.sign()
+                expected = -1
+            weights = (changed.layers, changed.final_norm, changed.head)
+            changed.weights = pack_decode_weights(*weights, eps=1e-5)
+            if kind == "inf":
+                changed.weights.norms[-1].mul_(1e36)
+            chosen = torch.tensor([-77])
+            sequence.length -= 1
+            with emulating(blocks=blocks, seed=blocks):
+                sequence.step(chosen=chosen)
+            assert chosen.item() == expected, (blocks, kind)
+            assert sequence.barrier.item() & 0x7FFFFFFF == 0
+
+
 def test_without_hidden():
     sequence = Sequence(make_model(1, 2, 16, 64, 30), 5)
     again = Sequence(make_model(1, 2, 16, 64, 30), 5)
@@ -329,9 +358,9 @@ def test_without_hidden():
 
 # ---- what the tests above would not notice if they could not fail --------------------------------------------------
 
-# two layers have ten barriers of the grid
+# two layers have ten barriers of the grid, and one more is before the choice
 FAULTS = [
-    *({"grid_wait": i} for i in range(10)),
+    *({"grid_wait": i} for i in range(11)),
     {"full_wait": True},
     {"empty_wait": True},
     {"consumers_meet": True},
@@ -345,11 +374,29 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_missing_wait_or_a_misplaced_stage_is_noticed(fault):
     sequence = Sequence(make_model(2, 4, 16, 1100, 61), 70)
-    with emulating(blocks=3, stages=2, seed=1):
-        check(sequence, *sequence.step())
-        # numbers that are wrong, or a run that the emulated device ends
-        with pytest.raises((AssertionError, RuntimeError)), emulating(blocks=3, stages=2, seed=1, **fault):
-            check(sequence, *sequence.step())
+
+    def checked_step():
+        chosen = torch.tensor([-77])
+        # what an earlier step left would do for this one
+        sequence.workspace.fill_(math.nan)
+        logits, hidden = sequence.step(chosen=chosen)
+        check(sequence, logits, hidden)
+        assert chosen.item() == logits.argmax()
+
+    noticed = 0
+    # in some orders the late ones happen to be early enough
+    for seed in (1, 2, 3):
+        with emulating(blocks=3, stages=2, seed=seed):
+            checked_step()
+        with emulating(blocks=3, stages=2, seed=seed, **fault):
+            try:
+                checked_step()
+            except (AssertionError, RuntimeError):
+                # numbers that are wrong, or a run that the emulated device ends
+                noticed += 1
+        # a run that was ended leaves the barrier anywhere
+        sequence.barrier.zero_()
+    assert noticed
 
 
 # ---- the stream ----------------------------------------------------------------------------------------------------

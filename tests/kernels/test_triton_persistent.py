@@ -17,9 +17,9 @@ from gpu_sections.session import Session
 
 from gpt2rt import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 from gpt2rt.cache import PagedKVCache, Sequence
-from gpt2rt.graph import StepBatch, cuda, make_executor, persistent
+from gpt2rt.graph import StepBatch, cuda, device_loop, make_executor, persistent
 from gpt2rt.graph.cuda import CudaExecutor
-from gpt2rt.graph.device_loop import DeviceLoop
+from gpt2rt.graph.device_loop import DeviceLoop, SamplingRows
 from gpt2rt.ops._library import ExtensionStatus
 
 pytestmark = pytest.mark.kernel
@@ -95,7 +95,9 @@ def test_single_steps_are_one_launch_and_others_go_on_as_before(launches):
         assert torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
-def test_a_loop_on_the_device_chooses_the_same_tokens(launches):
+def test_a_loop_on_the_device_chooses_the_same_tokens(launches, monkeypatch):
+    # the kernel chooses by itself
+    monkeypatch.setattr(device_loop, "argmax_into_triton", lambda *_, **__: pytest.fail("launched"))
     model = gpt2()
     plan = model.generation_executor("eager").plan
     chosen = []
@@ -118,6 +120,26 @@ def test_a_loop_on_the_device_chooses_the_same_tokens(launches):
                 tokens.append(int(decode(executor, tokens[-1:], [sequence], cache).logits.argmax()))
         chosen.append(tokens)
     assert before == len(launches) == 6
+    assert chosen[0] == chosen[1]
+
+
+def test_a_loop_that_draws(launches):
+    """The sampler reads the kernel's logits; with a temperature near zero it draws the largest."""
+    plan = gpt2().generation_executor("eager").plan
+    chosen = []
+    for sampling in (None, SamplingRows([1], [0], [0], [4], temperature=[1e-4])):
+        cache = PagedKVCache(plan.n_layer, plan.n_head, plan.head_dim, 12, dtype=plan.dtype)
+        sequence = Sequence(cache)
+        executor = CudaExecutor(plan)
+        executor.step(StepBatch.build([[3, 4, 5]], [sequence]), cache)
+        loop = DeviceLoop(executor, cache, 1)
+        loop.start([6], [sequence], [40], sampling)
+        tokens = []
+        for _ in range(3):
+            loop.launch()
+            tokens += loop.read()
+        chosen.append(tokens)
+    assert len(launches) == 6
     assert chosen[0] == chosen[1]
 
 

@@ -357,8 +357,17 @@ inline float shuffle_xor(float value, int distance) {
   return all[thread - lane + (lane ^ distance)];
 }
 
+inline int shuffle_xor(int value, int distance) {
+  float bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = shuffle_xor(bits, distance);
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
 inline float4 load_fresh(const float4* from) { return *from; }
 inline float load_fresh(const float* from) { return *from; }
+inline int load_fresh(const int* from) { return *from; }
 inline uint4 load_fresh(const uint4* from) { return *from; }
 
 }  // namespace gpt2rt::cuda

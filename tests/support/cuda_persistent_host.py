@@ -47,9 +47,7 @@ class PersistentParams(ctypes.Structure):
         ("block_size", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("x", "query", "inner", "values", "lse")),
         ("num_splits", ctypes.c_int32),
-        ("barrier", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("hidden", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("best", "best_at", "barrier", "logits", "hidden", "chosen")),
         *((name, ctypes.c_int32) for name in ("n_layer", "n_head", "head_dim", "n_embd", "stages")),
     )
 
@@ -164,6 +162,7 @@ def _run_on_host(
     barrier,
     logits,
     hidden,
+    chosen,
     inner,
     num_splits,
     blocks,
@@ -184,6 +183,7 @@ def _run_on_host(
     params.cache, params.num_blocks, params.block_size = cache.data_ptr(), num_blocks, block_size
     params.barrier, params.logits = barrier.data_ptr(), logits.data_ptr()
     params.hidden = None if hidden is None else hidden.data_ptr()
+    params.chosen = None if chosen is None else chosen.data_ptr()
     stages = device.stages or stages_for(params, device.groups, device.architecture)
     error = library().run_persistent(
         ctypes.byref(params),
