@@ -432,8 +432,8 @@ def test_layout_by_hand():
     assert not last_chunk[2:].any()
 
 
-# layers, heads, d of the published models: stages of each ring on sm_80, sm_86 and sm_90, of so many KiB each
-SIZES = {(12, 12, 768): (5, 2, 8), (24, 16, 1024): (3, 1, 5), (36, 20, 1280): (3, 1, 5), (48, 25, 1600): (3, 1, 5)}
+# layers, heads, d of the published models: stages of each ring on sm_80, sm_86 and sm_90
+SIZES = {(12, 12, 768): (5, 3, 8), (24, 16, 1024): (4, 2, 6), (36, 20, 1280): (4, 2, 6), (48, 25, 1600): (3, 1, 5)}
 
 
 @pytest.mark.parametrize(("layers", "heads", "d"), SIZES)
