@@ -15,64 +15,14 @@
 #pragma once
 
 #include "finish.cuh"
-#include "persistent.h"
-#include "ring.cuh"
+#include "persistent_attention.cuh"
 
 namespace gpt2rt::cuda {
-
-// tokens in a split of attention; SPLIT of kernels/merge_splits.py
-constexpr int kSplitTokens = 64;
-
-__host__ __device__ constexpr int consumer_threads(int groups) { return 32 * kTileRows * groups; }
 
 // the ring of a group, out of that of the first
 __device__ inline Ring ring_of(const Ring& first, int group) {
   const int before = group * first.stages;
   return {first.full + before, first.empty + before, first.at(before), first.stages, first.bytes};
-}
-
-// eight neighbouring 16-bit numbers
-template <typename T>
-__device__ inline void unpack_eight(const uint4& words, float (&value)[8]) {
-  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    value[2 * i] = T::value(static_cast<uint16_t>(word[i]));
-    value[2 * i + 1] = T::value(static_cast<uint16_t>(word[i] >> 16));
-  }
-}
-
-// The first of the largest of some numbers: no number yet, or one that is not finite, by its place.
-struct Best {
-  static constexpr int kNone = 0x7fffffff, kNotFinite = -1;
-  float value = -INFINITY;
-  int at = kNone;
-
-  // what is not finite has the lowest place and the highest value
-  __device__ void add(float other, int place) {
-    if (place != kNone && !(fabsf(other) < INFINITY)) other = INFINITY, place = kNotFinite;
-    if (other > value || (other == value && place < at)) value = other, at = place;
-  }
-  // over all 32 lanes, the same in each
-  __device__ void reduce() {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      const float other = shuffle_xor(value, distance);
-      add(other, shuffle_xor(at, distance));
-    }
-  }
-};
-
-// over all 32 lanes, the same in each
-__device__ inline float lanes_sum(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
-  return value;
-}
-__device__ inline float lanes_max(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value = fmaxf(value, shuffle_xor(value, distance));
-  return value;
 }
 
 // The warps that multiply, in one block.
@@ -89,6 +39,7 @@ class Consumers {
         plane(row / 2),
         norm(floats + max(row, attention_floats(groups))),
         scratch(norm + 2 * p.n_embd),
+        attention(params, floats),
         grid(p.barrier, threadIdx.x == 0),
         thread(threadIdx.x),
         warp(thread / 32),
@@ -119,11 +70,11 @@ class Consumers {
       if (step == steps) break;
       arrive();
       // what needs nothing from other blocks, while they arrive
-      if (product == kQkv) prefetch_cache(layer);
+      if (product == kQkv) attention.prefetch_cache(layer);
       if (product == kProj || product == kDown) load_norm(p.norms + (step + 1) / 2 * 2 * p.n_embd);
       wait();
       if (product == kQkv) {
-        attend(layer);
+        attention.run(layer);
         arrive();
         wait();
       }
@@ -138,6 +89,8 @@ class Consumers {
   const int plane;
   float* const norm;
   float* const scratch;
+  // in the place of the activations
+  Attention<T, groups> attention;
   GridBarrier grid;
   Cursor cursor;
   const int thread, warp, lane;
@@ -368,11 +321,6 @@ class Consumers {
     }
   }
 
-  // where head `head` of a token stands in the keys of a layer, or in its values
-  __device__ int64_t in_cache(int layer, int which, int64_t block, int head, int offset) const {
-    return ((((2LL * layer + which) * p.num_blocks + block) * p.n_head + head) * p.block_size + offset) * p.head_dim;
-  }
-
   __device__ void store_qkv(int layer, int column, float y) {
     const int wide = p.n_head * p.head_dim, within = column % wide;
     if (column < wide) {
@@ -382,129 +330,13 @@ class Consumers {
     const int64_t slot = *p.slot;
     if (slot < 0 || slot >= p.num_blocks * p.block_size) return;
     const int offset = static_cast<int>(slot % p.block_size);
-    const int64_t at = in_cache(layer, column / wide - 1, slot / p.block_size, within / p.head_dim, offset);
+    const int64_t at = in_cache(p, layer, column / wide - 1, slot / p.block_size, within / p.head_dim, offset);
     p.cache[at + within % p.head_dim] = T::bits(y);
-  }
-
-  // ---- attention -------------------------------------------------------------------------------------------------
-
-  __device__ int wanted_splits() const { return (*p.seq_len + kSplitTokens - 1) / kSplitTokens; }
-  __device__ int used_splits() const { return min(wanted_splits(), p.num_splits); }
-
-  // lanes that share a token, eight dimensions each, and tokens that all threads take at once
-  __device__ int lanes_a_token() const { return p.head_dim <= 64 ? 8 : 16; }
-  __device__ int tokens_at_once() const { return kThreads / lanes_a_token(); }
-
-  // the physical block of a token, -1 if there is none
-  __device__ int64_t block_of(int token) const {
-    const int at = token / p.block_size;
-    const int64_t block = at < p.max_blocks ? p.block_table[at] : -1;
-    return block < p.num_blocks ? block : -1;
-  }
-
-  // bring this block's keys and values to L2 while other blocks still write the new token's
-  __device__ void prefetch_cache(int layer) const {
-    const int share = lanes_a_token(), part = thread % share, items = p.n_head * used_splits();
-    // two lanes: one for the keys, one for the values
-    if (part > 1) return;
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      for (int at = thread / share; at < kSplitTokens; at += tokens_at_once()) {
-        const int token = item / p.n_head * kSplitTokens + at;
-        const int64_t block = token < *p.seq_len ? block_of(token) : -1;
-        if (block >= 0) prefetch(p.cache + in_cache(layer, part, block, item % p.n_head, token % p.block_size));
-      }
-    }
-  }
-
-  // softmax averages of this block's splits, and the logarithms to base 2 of their sums of weights
-  __device__ void attend(int layer) {
-    const int items = p.n_head * used_splits();
-#pragma unroll 1
-    for (int item = blockIdx.x; item < items; item += gridDim.x) attend_to(layer, item % p.n_head, item / p.n_head);
-  }
-
-  __device__ void attend_to(int layer, int head, int split) {
-    // scores [64], then for each warp the sums of the values [128]
-    float* const scores = activations;
-    float* const sums = activations + kSplitTokens;
-    const int share = lanes_a_token(), part = thread % share, at_once = tokens_at_once();
-    const int seq_len = *p.seq_len;
-    const bool active = 8 * part < p.head_dim;
-    constexpr int kRounds = kSplitTokens * 16 / kThreads;
-    float query[8] = {};
-    if (active) {
-      const float4* from = reinterpret_cast<const float4*>(p.query + head * p.head_dim + 8 * part);
-      const float4 low = load_fresh(from), high = load_fresh(from + 1);
-      query[0] = low.x, query[1] = low.y, query[2] = low.z, query[3] = low.w;
-      query[4] = high.x, query[5] = high.y, query[6] = high.z, query[7] = high.w;
-    }
-    const float scale = p.scales[layer];
-    uint4 keys[kRounds], values[kRounds];
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int at = round * at_once + thread / share, token = split * kSplitTokens + at;
-      keys[round] = values[round] = make_uint4(0, 0, 0, 0);
-      const int64_t block = at < kSplitTokens && token < seq_len ? block_of(token) : -1;
-      if (!active || block < 0) continue;
-      const int offset = token % p.block_size;
-      keys[round] =
-          load_fresh(reinterpret_cast<const uint4*>(p.cache + in_cache(layer, 0, block, head, offset)) + part);
-      values[round] =
-          load_fresh(reinterpret_cast<const uint4*>(p.cache + in_cache(layer, 1, block, head, offset)) + part);
-    }
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int at = round * at_once + thread / share, token = split * kSplitTokens + at;
-      float key[8], score = 0.0f;
-      unpack_eight<T>(keys[round], key);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) score = fmaf(query[i], key[i], score);
-      for (int distance = share / 2; distance > 0; distance /= 2) score += shuffle_xor(score, distance);
-      // a key that should be there and is not poisons the row
-      score = token < seq_len ? (block_of(token) < 0 ? NAN : score * scale) : -INFINITY;
-      if (part == 0 && at < kSplitTokens) scores[at] = score;
-    }
-    meet();
-    // every warp the same: the highest score and the sum of weights
-    const float first = scores[lane], second = scores[lane + 32];
-    const float highest = lanes_max(fmaxf(first, second));
-    const float weight_sum = lanes_sum(exp2f(first - highest) + exp2f(second - highest));
-    float total[8] = {};
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int at = round * at_once + thread / share;
-      if (at >= kSplitTokens) continue;
-      float value[8];
-      unpack_eight<T>(values[round], value);
-      const float weight = exp2f(scores[at] - highest);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) total[i] = fmaf(weight, value[i], total[i]);
-    }
-    // over the tokens of this warp
-    for (int distance = share; distance < 32; distance *= 2) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) total[i] += shuffle_xor(total[i], distance);
-    }
-    if (lane < share) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[warp * kMaxHeadDim + 8 * part + i] = total[i];
-    }
-    meet();
-    const int64_t at = static_cast<int64_t>(head) * p.num_splits + split;
-    if (thread < p.head_dim) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) sum += sums[i * kMaxHeadDim + thread];
-      p.values[at * p.head_dim + thread] = sum / weight_sum;
-    }
-    if (thread == 0) p.lse[at] = highest + log2f(weight_sum);
-    // the scores and sums may be written again
-    meet();
   }
 
   // the splits of all heads, in their order, into the row that is multiplied next
   __device__ void merge() {
-    const int wanted = wanted_splits(), used = used_splits(), wide = p.n_head * p.head_dim;
+    const int wanted = wanted_splits(p), used = used_splits(p), wide = p.n_head * p.head_dim;
     for (int i = thread; i < wide / 4; i += kThreads) {
       const int head = 4 * i / p.head_dim;
       const int64_t at = static_cast<int64_t>(head) * p.num_splits;
