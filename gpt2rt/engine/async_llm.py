@@ -27,6 +27,7 @@ from .params import PoolingParams, RequestOutputKind, SamplingParams
 from .request import Output, Request
 from .served import ServedModel
 from .stats import EngineStats, IterationStats
+from .streams import Stream, call_on, put_all
 
 _LOG = logging.getLogger("gpt2rt.engine")
 _DEFAULT_MODEL = "gpt2rt/tiny-gpt2"
@@ -83,7 +84,7 @@ class AsyncLLM:
         self._stopping = False
         self._closed = False
         self._dead: BaseException | None = None
-        self._ready: list[tuple[_Stream, Output]] = []
+        self._ready: list[tuple[Stream, Output]] = []
         # what came out of the inbox and is not done yet
         self._doing: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._run, name="gpt2rt-engine", daemon=True)
@@ -244,14 +245,14 @@ class AsyncLLM:
 
     async def _begin(
         self, prompt: Any, params: Any, request_id: str | None, priority: int, salt: str | None, split: bool | None
-    ) -> _Stream:
+    ) -> Stream:
         self._check_alive()
         text, ids = prompt_parts(prompt)
         if ids is None:
             assert text is not None
             ids = await self.tokenize(text, split_special_tokens=split, cut=params)
         name = f"req-{next(self._numbers)}" if request_id is None else request_id
-        stream = _Stream(asyncio.get_running_loop())
+        stream = Stream(asyncio.get_running_loop())
         # before the engine knows of it: its first outputs may come while this waits to be accepted
         stream.aggregate = getattr(params, "output_kind", None) is RequestOutputKind.DELTA
         with self._wake:
@@ -276,7 +277,7 @@ class AsyncLLM:
             raise
         return stream
 
-    async def _next(self, stream: _Stream) -> Output:
+    async def _next(self, stream: Stream) -> Output:
         """What a reader gets next, or the error that ended its request."""
         output = await stream.next()
         if isinstance(output.error, EngineDeadError):
@@ -286,7 +287,7 @@ class AsyncLLM:
             raise output.error
         return output
 
-    def _forsake(self, stream: _Stream) -> None:
+    def _forsake(self, stream: Stream) -> None:
         """A reader reads no more."""
         request = stream.request
         if request is not None and not request.finished:
@@ -359,7 +360,7 @@ class AsyncLLM:
             self._wake.notify()
             return True
 
-    def _add(self, stream: _Stream, request: Request) -> None:
+    def _add(self, stream: Stream, request: Request) -> None:
         try:
             self._check_alive()
             self._core.add(request)
@@ -413,15 +414,15 @@ class AsyncLLM:
         if not self._ready:
             return
         ready, self._ready = self._ready, []
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Output]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Output]]] = {}
         for stream, output in ready:
             by_loop.setdefault(stream.loop, []).append((stream, output))
         for loop, outputs in by_loop.items():
-            if not _call(loop, _put_all, outputs):
+            if not call_on(loop, put_all, outputs):
                 for stream, _ in outputs:
                     self._desert(stream)
 
-    def _desert(self, stream: _Stream) -> None:
+    def _desert(self, stream: Stream) -> None:
         """End a request whose reader's event loop was closed."""
         request = stream.request
         if request is not None and not request.finished:
@@ -459,64 +460,6 @@ class AsyncLLM:
                 task()
             except BaseException:
                 _LOG.exception("what was left to do when the engine stopped failed")
-
-
-class _Stream:
-    """What one reader has not read yet, merged into one output; all but ``call`` run on the reader's event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.request: Request | None = None
-        self.aggregate = False
-        self.accepted: asyncio.Future[None] = loop.create_future()
-        self._output: Output | None = None
-        self._news = asyncio.Event()
-
-    def call(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Run something on the reader's event loop."""
-        _call(self.loop, function, *arguments)
-
-    def accept(self) -> None:
-        """The engine has taken the request."""
-        if not self.accepted.done():
-            self.accepted.set_result(None)
-
-    def refuse(self, error: Exception) -> None:
-        """The engine does not take the request."""
-        if not self.accepted.done():
-            self.accepted.set_exception(error)
-
-    def put(self, output: Output) -> None:
-        """Something new; merged with what was not read yet."""
-        before = self._output
-        if isinstance(before, RequestOutput) and isinstance(output, RequestOutput):
-            before.add(output, aggregate=self.aggregate)
-        else:
-            self._output = output
-        self._news.set()
-
-    async def next(self) -> Output:
-        """What is new."""
-        await self._news.wait()
-        self._news.clear()
-        output, self._output = self._output, None
-        assert output is not None
-        return output
-
-
-def _put_all(outputs: list[tuple[_Stream, Output]]) -> None:
-    for stream, output in outputs:
-        stream.put(output)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> bool:
-    """Run something on an event loop; False: it is closed, nobody reads any more."""
-    try:
-        loop.call_soon_threadsafe(function, *arguments)
-    except RuntimeError:
-        _LOG.debug("an event loop was closed before its requests ended")
-        return False
-    return True
 
 
 _ENGINES: weakref.WeakSet[AsyncLLM] = weakref.WeakSet()

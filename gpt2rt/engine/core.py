@@ -6,7 +6,6 @@ of its branches alone, and whatever is done for one branch is done inside its ow
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from gpt2rt.cache import PrefixIndex
 from gpt2rt.errors import EngineDeadError, NumericsError, QueueFullError, RequestError, RequestFailedError
 from gpt2rt.graph import StepOutput
 
+from .accounts import Accounts
 from .batch import Item, StepBuffers
 from .logprobs import TokenTexts, as_logprobs, prompt_logprobs
 from .output_text import OutputText
@@ -27,7 +27,7 @@ from .runner import Group, Row, StepRunner
 from .sampler import Sampled, Sampler, SamplingRow
 from .scheduler import Scheduler
 from .served import ServedModel
-from .stats import EngineStats, FinishedRequest, IterationStats
+from .stats import EngineStats, IterationStats
 from .step_sampler import StepSampler
 
 _LOG = logging.getLogger("gpt2rt.engine")
@@ -43,7 +43,6 @@ class EngineCore:
         cache: keys and values.
         scheduler: who waits and who runs.
         requests: unfinished ones, by name.
-        observer: is told what each step did; None: nobody is.
 
     Raises:
         RequestError, ValueError: the cache does not fit, see :meth:`ServedModel.new_cache`.
@@ -72,9 +71,7 @@ class EngineCore:
         self._texts = TokenTexts(served.tokenizer)
         self.requests: dict[str, Request] = {}
         self._queued_tokens = 0
-        self.observer: Callable[[IterationStats], None] | None = None
-        self._iteration = IterationStats()
-        self._totals = EngineStats(0, 0, self.cache.pool.num_blocks, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, {})
+        self._accounts = Accounts(self.cache.pool.num_blocks)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -174,7 +171,7 @@ class EngineCore:
         if request.finished:
             return
         if isinstance(error, NumericsError):
-            self._iteration.corrupted += 1
+            self._accounts.iteration.corrupted += 1
             if self._index is not None:
                 # what it computed may be as wrong
                 self._index.clear()
@@ -209,7 +206,7 @@ class EngineCore:
             self._index.reset()
         self.cache.pool.reset()
         self._sampler.forget()
-        self._iteration = IterationStats()
+        self._accounts.iteration = IterationStats()
 
     def _leave(self, branch: Branch) -> None:
         """Take a branch out of everything."""
@@ -223,33 +220,8 @@ class EngineCore:
             return
         if request.metrics.first_scheduled_time is None:
             self._queued_tokens -= len(request.prompt_ids)
-        metrics = request.metrics
-        now = metrics.finished_time = time.monotonic()
-        reason = request.branches[0].finish_reason or "abort"
-        totals = self._totals
-        totals.finished[reason] = totals.finished.get(reason, 0) + 1
-        if self.observer is None:
-            return
-        started = metrics.first_scheduled_time or now
-        first = metrics.first_token_time or now
-        last = metrics.last_token_time or first
-        counts = [len(branch.output_ids) for branch in request.branches]
-        params = request.sampling
-        self._iteration.finished.append(
-            FinishedRequest(
-                finish_reason=reason,
-                num_prompt_tokens=len(request.prompt_ids),
-                num_generation_tokens=sum(counts),
-                e2e_latency=now - request.arrival_time,
-                queue_time=started - request.arrival_time,
-                prefill_time=first - started,
-                decode_time=last - first,
-                time_per_output_token=(last - first) / (max(counts) - 1) if max(counts) > 1 else None,
-                max_tokens=None if params is None else params.max_tokens,
-                n=request.num_choices,
-                has_error=request.error is not None,
-            )
-        )
+        now = request.metrics.finished_time = time.monotonic()
+        self._accounts.finished(request, now)
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
@@ -257,9 +229,8 @@ class EngineCore:
         """Compute the next tokens of all who can go on; outputs go to the requests' sinks."""
         scheduler = self.scheduler
         items = scheduler.schedule()
-        iteration = self._iteration
         if scheduler.preempted:
-            iteration.num_preemptions += len(scheduler.preempted)
+            self._accounts.iteration.num_preemptions += len(scheduler.preempted)
             # the next step prepares for its rows again, though they may be the same
             self._sampler.forget()
             for branch in scheduler.preempted:
@@ -275,7 +246,7 @@ class EngineCore:
             items = [item for item in items if item.branch.sequence is not None]
         if items:
             self._compute(items)
-        self._report()
+        self._accounts.close(scheduler)
 
     def _compute(self, items: list[Item]) -> None:
         began = time.monotonic()
@@ -310,7 +281,7 @@ class EngineCore:
         self._remember(live)
         self._hand_out([row.branch for row in rows])
         self._hand_out([item.branch for item in live if item.branch.row is None and item.branch.finish_reason])
-        self._iteration.num_tokens += sum(item.count for item in live)
+        self._accounts.iteration.num_tokens += sum(item.count for item in live)
 
     def _next_rows(self, items: list[Item]) -> tuple[list[Row], list[Branch]]:
         """The branches that get a token after this step, and those of which further choices begin with it.
@@ -417,7 +388,7 @@ class EngineCore:
             entry = sampled.logprobs[place]
             branch.cumulative_logprob += entry[token][0]
             branch.logprobs.append(as_logprobs(entry, self._texts))
-        self._note_time(branch, now)
+        self._accounts.token(branch, now)
         counts = count >= params.min_tokens
         if counts and not params.ignore_eos and token in self.served.eos_token_ids:
             branch.finish_reason = "stop"
@@ -432,18 +403,6 @@ class EngineCore:
             branch.finish_reason = "length"
         if branch.finish_reason is not None and branch.text is not None:
             branch.text.end()
-
-    def _note_time(self, branch: Branch, now: float) -> None:
-        metrics = branch.request.metrics
-        iteration = self._iteration
-        iteration.num_generation_tokens += 1
-        if metrics.first_token_time is None:
-            metrics.first_token_time = now
-            iteration.num_prompt_tokens += len(branch.request.prompt_ids)
-            iteration.time_to_first_token.append(now - branch.request.arrival_time)
-        elif branch.last_token_time:
-            iteration.inter_token_latency.append(now - branch.last_token_time)
-        branch.last_token_time = metrics.last_token_time = now
 
     def _remember(self, items: list[Item]) -> None:
         """Index the blocks that are full now."""
@@ -500,43 +459,24 @@ class EngineCore:
 
     # ---- what it did -----------------------------------------------------------------------------------------------
 
+    @property
+    def observer(self) -> Callable[[IterationStats], None] | None:
+        """Is told what each step did; None: nobody is."""
+        return self._accounts.observer
+
+    @observer.setter
+    def observer(self, observer: Callable[[IterationStats], None] | None) -> None:
+        self._accounts.observer = observer
+
     def settle(self) -> None:
         """Tell the observer of requests that ended since the last step, where no step follows."""
-        if self._iteration.finished:
+        if self._accounts.iteration.finished:
             self.scheduler.queries = self.scheduler.hits = 0
-            self._report(0)
-
-    def _report(self, num_steps: int = 1) -> None:
-        scheduler, iteration, totals = self.scheduler, self._iteration, self._totals
-        iteration.prefix_cache_queries, iteration.prefix_cache_hits = scheduler.queries, scheduler.hits
-        totals.num_steps += num_steps
-        totals.prompt_tokens += iteration.num_prompt_tokens
-        totals.generation_tokens += iteration.num_generation_tokens
-        totals.num_preemptions += iteration.num_preemptions
-        totals.prefix_cache_queries += iteration.prefix_cache_queries
-        totals.prefix_cache_hits += iteration.prefix_cache_hits
-        totals.corrupted_requests += iteration.corrupted
-        if self.observer is not None:
-            iteration.running, iteration.waiting = len(scheduler.running), len(scheduler.waiting)
-            iteration.kv_cache_usage = 1.0 - scheduler.num_free / totals.num_blocks
-            try:
-                self.observer(iteration)
-            except Exception:
-                _LOG.exception("the observer of the engine failed")
-        self._iteration = IterationStats()
+            self._accounts.close(self.scheduler, 0)
 
     def stats(self) -> EngineStats:
         """What it does now, and the sums of all steps."""
-        scheduler = self.scheduler
-        free = scheduler.num_free
-        return dataclasses.replace(
-            self._totals,
-            num_requests_running=len(scheduler.running),
-            num_requests_waiting=len(scheduler.waiting),
-            num_free_blocks=free,
-            kv_cache_usage=1.0 - free / self._totals.num_blocks,
-            finished=dict(self._totals.finished),
-        )
+        return self._accounts.stats(self.scheduler)
 
     def reset_prefix_cache(self) -> None:
         """Forget the blocks of earlier prompts, as is due after a change of weights."""

@@ -26,6 +26,7 @@ from .outputs import (
     ScoringRequestOutput,
 )
 from .params import PoolingParams, RequestOutputKind, SamplingParams
+from .progress import ProgressBar
 from .request import Output, Request
 from .served import ServedModel
 from .stats import EngineStats
@@ -425,7 +426,7 @@ class LLM:
             try:
                 for request in requests:
                     core.add(request)
-                with _progress(len(requests), use_tqdm) as advance:
+                with ProgressBar(len(requests), use_tqdm) as advance:
                     shown = 0
                     while len(done) < len(requests):
                         self._step()
@@ -478,28 +479,3 @@ def _each(value: Any, count: int, what: str) -> Sequence[Any]:
     if len(value) != count:
         raise RequestError(f"{len(value)} {what} for {count} prompts; give one for all or one for each")
     return value
-
-
-class _progress:
-    """A bar on stderr, if one is wanted and somebody looks."""
-
-    def __init__(self, total: int, wanted: bool) -> None:
-        self._bar: Any = None
-        if wanted:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            console = Console(stderr=True)
-            if console.is_terminal:
-                self._bar = Progress(console=console, transient=True)
-                self._task = self._bar.add_task("requests", total=total)
-
-    def __enter__(self) -> Any:
-        if self._bar is None:
-            return lambda count: None
-        self._bar.start()
-        return lambda count: self._bar.advance(self._task, count)
-
-    def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()

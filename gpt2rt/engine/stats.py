@@ -77,7 +77,6 @@ class EngineStats:
         num_requests_running, num_requests_waiting: sequences.
         num_blocks, num_free_blocks: of the KV cache; those that only the prefix cache holds count as free.
         num_steps: so far.
-        aborted: tokens that were generated for requests which were aborted.
     """
 
     num_requests_running: int

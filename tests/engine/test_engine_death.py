@@ -111,7 +111,7 @@ class Deadly(BaseException):
 DEATHS = {
     "step": (core.EngineCore, "step", Injected("thrown by the test")),
     "schedule": (core.Scheduler, "schedule", Injected("thrown by the test")),
-    "report": (core.EngineCore, "_report", MemoryError()),
+    "report": (core.Accounts, "close", MemoryError()),
     "pacer": (core.PrefillPacer, "note", Injected("thrown by the test")),
     "executor": (core.StepRunner, "run", SystemExit(3)),
     "sampler": (core.Sampler, "sample", Deadly("thrown by the test")),
@@ -119,7 +119,7 @@ DEATHS = {
     "abort": (core.EngineCore, "abort", Injected("thrown by the test")),
     "turn": (AsyncLLM, "_turn", Injected("thrown by the test")),
     "deliver": (AsyncLLM, "_deliver", Injected("thrown by the test")),
-    "accept": (async_llm._Stream, "call", Deadly("thrown by the test")),
+    "accept": (async_llm.Stream, "call", Deadly("thrown by the test")),
     "give-back": (core.Scheduler, "remove", Injected("thrown by the test")),
 }
 

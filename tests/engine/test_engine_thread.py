@@ -9,7 +9,7 @@ from engine_cases import TEXT, prompt_ids, said
 from engine_faults import assert_clean
 from engine_readers import PATIENCE, PROMPT, deltas, expected_whole, params, run, until, whole
 
-from gpt2rt.engine import PoolingParams, RequestOutputKind, SamplingParams
+from gpt2rt.engine import PoolingParams, RequestOutput, RequestOutputKind, SamplingParams
 from gpt2rt.errors import QueueFullError, RequestError
 
 LONG = prompt_ids(400, seed=4)
@@ -122,8 +122,10 @@ def test_a_task_is_cancelled_at_each_turn_of_the_loop(async_llm, expected, turns
             await asyncio.sleep(0)
         for task in tasks:
             task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(one, (asyncio.CancelledError, RequestError)) for one in results)
+        for one in await asyncio.gather(*tasks, return_exceptions=True):
+            # where this thread had to wait, a request may have come to its end
+            done = isinstance(one, RequestOutput) and len(one.outputs[0].token_ids) == 30
+            assert done or isinstance(one, (asyncio.CancelledError, RequestError))
         assert said(await whole(engine)) == expected
         assert await engine.drain(PATIENCE)
         assert_clean(engine._core)

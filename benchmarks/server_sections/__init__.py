@@ -1,0 +1,1 @@
+"""The sections of server_load.py, and what they need: a server process, clients, targets."""
