@@ -18,26 +18,24 @@ import torch
 
 from gpt2rt.errors import EngineDeadError
 
-from .config import EngineConfig, split_options
+from .base import DEFAULT_MODEL, ModelHolder
+from .config import EngineConfig
 from .core import EngineCore
-from .frontend import Frontend
 from .inputs import Prompt, prompt_parts
 from .outputs import PoolingRequestOutput, RequestOutput
 from .params import PoolingParams, RequestOutputKind, SamplingParams
 from .request import Output, Request
-from .served import ServedModel
 from .stats import EngineStats, IterationStats
 from .streams import Stream, call_on, put_all
 
 _LOG = logging.getLogger("gpt2rt.engine")
-_DEFAULT_MODEL = "gpt2rt/tiny-gpt2"
 # texts up to so many characters are tokenised on the event loop: a thread costs more
 _SHORT_TEXT = 2048
 # by default a step with prompt tokens may take twice as long as one without
 _PREFILL_SLOWDOWN = 2.0
 
 
-class AsyncLLM:
+class AsyncLLM(ModelHolder):
     """A model that answers requests as they come, each by an asynchronous iterator of outputs.
 
     Names are those of vLLM's ``AsyncLLM``. The engine runs in one thread; the methods may be called from any number of
@@ -59,21 +57,14 @@ class AsyncLLM:
 
     def __init__(
         self,
-        model: Any = _DEFAULT_MODEL,
+        model: Any = DEFAULT_MODEL,
         *,
         tokenizer: Any = None,
         task: str | None = None,
         config: EngineConfig | None = None,
         **options: Any,
     ) -> None:
-        settings, loading = split_options(options)
-        if config is not None and settings:
-            raise TypeError(f"{', '.join(sorted(settings))} stand in config already; give one of the two")
-        if config is None:
-            config = EngineConfig(**{"prefill_slowdown": _PREFILL_SLOWDOWN, **settings})
-        self.config = config
-        self._served = ServedModel.load(model, tokenizer, config, task=task, **loading)
-        self._frontend = Frontend(self._served)
+        super().__init__(model, tokenizer, task, config, options, {"prefill_slowdown": _PREFILL_SLOWDOWN})
         self._core = EngineCore(self._served)
         self._core.observer = self._observe
         self.observer: Callable[[IterationStats], None] | None = None
@@ -94,36 +85,6 @@ class AsyncLLM:
     # ---- what it is ------------------------------------------------------------------------------------------------
 
     @property
-    def tokenizer(self) -> Any:
-        """Of the model; None without one."""
-        return self._served.tokenizer
-
-    @property
-    def model_name(self) -> str:
-        """What was loaded."""
-        return self._served.name
-
-    @property
-    def model(self) -> Any:
-        """The model."""
-        return self._served.model
-
-    @property
-    def max_model_len(self) -> int:
-        """The most tokens of a request, prompt and output."""
-        return self._served.max_model_len
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens of the model."""
-        return self._served.vocab_size
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """What the model can do: "generate", "embed", "token_embed", "classify", "token_classify", "score"."""
-        return self._served.tasks
-
-    @property
     def num_blocks(self) -> int:
         """Blocks of the KV cache."""
         return self._core.cache.pool.num_blocks
@@ -137,11 +98,6 @@ class AsyncLLM:
     def kv_cache_dtype(self) -> str:
         """What keys and values are stored in, such as "float32"."""
         return str(self._core.cache.data.dtype).removeprefix("torch.")
-
-    @property
-    def executor_name(self) -> str:
-        """ "cpu", "cuda" or "eager"."""
-        return self._served.executor.name
 
     def stats(self) -> EngineStats:
         """What it does now, and the sums of all it did."""

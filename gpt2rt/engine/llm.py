@@ -13,9 +13,9 @@ import torch
 
 from gpt2rt.errors import EngineDeadError, RequestError
 
-from .config import EngineConfig, split_options
+from .base import DEFAULT_MODEL, ModelHolder
+from .config import EngineConfig
 from .core import EngineCore
-from .frontend import Frontend
 from .inputs import Prompt, is_single, prompt_parts
 from .outputs import (
     ClassificationRequestOutput,
@@ -28,13 +28,10 @@ from .outputs import (
 from .params import PoolingParams, RequestOutputKind, SamplingParams
 from .progress import ProgressBar
 from .request import Output, Request
-from .served import ServedModel
 from .stats import EngineStats
 
-_DEFAULT_MODEL = "gpt2rt/tiny-gpt2"
 
-
-class LLM:
+class LLM(ModelHolder):
     """A model that answers many requests at once, batched continuously over one paged KV cache.
 
     Names are those of vLLM's ``LLM``. A request's tokens depend on nothing but itself: not on the others, nor on what
@@ -55,50 +52,23 @@ class LLM:
 
     def __init__(
         self,
-        model: Any = _DEFAULT_MODEL,
+        model: Any = DEFAULT_MODEL,
         *,
         tokenizer: Any = None,
         task: str | None = None,
         config: EngineConfig | None = None,
         **options: Any,
     ) -> None:
-        settings, loading = split_options(options)
-        if config is not None and settings:
-            raise TypeError(f"{', '.join(sorted(settings))} stand in config already; give one of the two")
-        if config is None:
-            config = EngineConfig(**{"max_num_queued_reqs": None, **settings})
-        self.config = config
-        self._served = ServedModel.load(model, tokenizer, config, task=task, **loading)
-        self._frontend = Frontend(self._served)
+        super().__init__(model, tokenizer, task, config, options, {"max_num_queued_reqs": None})
         self._core: EngineCore | None = EngineCore(self._served)
         self._numbers = itertools.count()
         self._lock = threading.RLock()
 
     # ---- what it is ------------------------------------------------------------------------------------------------
 
-    @property
-    def tokenizer(self) -> Any:
-        """Of the model; None without one."""
-        return self._served.tokenizer
-
     def get_tokenizer(self) -> Any:
         """The same, as vLLM names it."""
         return self._served.tokenizer
-
-    @property
-    def model(self) -> Any:
-        """The model."""
-        return self._served.model
-
-    @property
-    def max_model_len(self) -> int:
-        """The most tokens of a request, prompt and output."""
-        return self._served.max_model_len
-
-    @property
-    def tasks(self) -> frozenset[str]:
-        """What the model can do: "generate", "embed", "token_embed", "classify", "token_classify", "score"."""
-        return self._served.tasks
 
     @property
     def core(self) -> EngineCore:
