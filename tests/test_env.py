@@ -24,12 +24,8 @@ def test_every_op_has_a_form_on_the_cpu():
     forms = ops.op_forms()
     assert len(forms) >= 8
     loaded = ops.extension_status().loaded
-    # what only a GPU's step needs on its device
-    in_torch = {"uniforms", "penalties", "count_tokens", "reset_counts", "log_probabilities"}
-    assert in_torch < set(forms)
     for name, form in forms.items():
-        assert form["cpu"] == ("C++" if loaded and name not in in_torch else form["cpu"]), name
-        assert name not in in_torch or form["cpu"] == "torch", name
+        assert form["cpu"] == ("C++" if loaded else "torch"), name
         assert form["cuda"] in ("Triton", "torch", "none")
     assert forms["paged_decode_attention"]["cuda"] == "Triton"
 
