@@ -127,7 +127,7 @@ class Books:
                 self.generated[request.request_id] = request.num_output_tokens
             finish(request)
 
-        core._finish = note  # type: ignore[method-assign]
+        core._finish = note
         engine.observer = self._observe
 
     def _observe(self, step: Any) -> None:

@@ -63,7 +63,7 @@ def time_steps(model: Any, settings: dict[str, Any], steps: int, tokenizer: Any 
     with LLM(model, tokenizer=tokenizer) as llm:
         inner = llm.core.served.executor
         plain_step = inner.step
-        llm.core.step = engine.around(llm.core.step)  # type: ignore[method-assign]
+        llm.core.step = engine.around(llm.core.step)
         inner.step = executor.around(plain_step)
         for name, function in originals.items():
             setattr(ops, name, choosing.around(function))

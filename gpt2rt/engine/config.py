@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
 from typing import Any
@@ -102,8 +103,16 @@ class EngineConfig:
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keywords that are fields of :class:`EngineConfig`, and the others."""
+    """Keywords that are fields of :class:`EngineConfig`, and the others.
+
+    Raises:
+        TypeError: a keyword is spelt nearly like a field.
+    """
     names = {field.name for field in dataclasses.fields(EngineConfig)}
+    for name in options.keys() - names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+        if near:
+            raise TypeError(f"{name!r} is no setting of the engine; did you mean {near[0]!r}?")
     return (
         {name: value for name, value in options.items() if name in names},
         {name: value for name, value in options.items() if name not in names},

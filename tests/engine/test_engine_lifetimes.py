@@ -204,6 +204,8 @@ def test_settings_out_of_range_are_refused():
         tiny(executor="cpu", kv_cache_dtype="float8")
     with pytest.raises(TypeError, match="num_blocks stand in config already"):
         LLM(config=EngineConfig(), num_blocks=4)
+    with pytest.raises(TypeError, match="'num_block' is no setting of the engine; did you mean 'num_blocks'"):
+        LLM(num_block=4)
     with pytest.raises(ValueError, match="task must be one of"):
         tiny(task="sing")
 
