@@ -1,6 +1,6 @@
 """Compiles every kernel for every target with no GPU and reads the machine code.
 
-    python tests/kernels/aot/check.py --targets 80 90 100 [--update]
+    python tests/kernels/aot/check.py --targets 80 86 90 100 120 [--update]
 
 Exit code 1 when a kernel spills registers to the stack, needs more shared memory than a block may have, loads memory in
 narrow pieces, misses the tensor cores, waits for the kernel before it ahead of its own loads, or needs over 10 % more
