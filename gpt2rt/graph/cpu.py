@@ -280,7 +280,7 @@ class _Encoder:
         arena = cache.load(key, self.size)
         if arena is None:
             arena = self._fill()
-            cache.store(key, arena)
+            cache.store_soon(key, arena)
         return arena
 
     def _fill(self) -> Tensor:

@@ -16,10 +16,11 @@ user and nobody else may write to them. Every byte is checked against the entry'
 fails is ignored and written anew; a full, read-only or missing disk means packing as ever. None of it is an error: the
 log (logger ``gpt2rt``, level DEBUG) says what happened.
 
-When. Entries are written right after packing, for arenas of at least 32 MiB (smaller ones are packed in the time that
-opening a file takes) whose plan says that its weights are those of a checkpoint's files: weights that change from step
-to step are not worth a file each. Written under another name and renamed: processes that start together write the same
-bytes, and each reads a whole file or none.
+When. Entries are written for arenas of at least 32 MiB (smaller ones are packed in the time that opening a file takes)
+whose plan says that its weights are those of a checkpoint's files: weights that change from step to step are not worth
+a file each. A thread of low priority writes them after packing, so that the first answer does not wait for it; a
+process that ends waits for the rest, one that is killed leaves the work to the next. Written under another name and
+renamed: processes that start together write the same bytes, and each reads a whole file or none.
 
 Where: ``$GPT2RT_CACHE/packed``, by default ``$XDG_CACHE_HOME/gpt2rt/packed`` or ``~/.cache/gpt2rt/packed``.
 ``GPT2RT_PACKED_CACHE=0`` turns it off. ``GPT2RT_PACKED_CACHE_BYTES`` bounds the folder, 10 GiB by default; the entry
@@ -28,12 +29,15 @@ used longest ago goes first.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import logging
 import os
 import secrets
 import stat
+import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -55,6 +59,10 @@ DEFAULT_LIMIT = 10 * 2**30
 SECRET_BYTES = 32
 # a temporary file this old belongs to a process that was killed
 _STALE_SECONDS = 3600
+
+_writing: set[threading.Thread] = set()
+# two that make room at once would both count on the same
+_one_writes = threading.Lock()
 
 
 class PackedCache:
@@ -140,13 +148,13 @@ class PackedCache:
             os.utime(path)
         return payload
 
-    def store(self, key: bytes, payload: Tensor) -> bool:
-        """Keep a payload [num_bytes] uint8 under a key; whether that was possible."""
+    def store(self, key: bytes, payload: Tensor, fingerprint: bytes | None = None) -> bool:
+        """Keep a payload [num_bytes] uint8 under a key; whether it was possible. ``fingerprint``: if it is known."""
         temporary = self._temporary(key.hex())
         try:
             self._make_room(payload.numel() + packed_file.TRAILER_BYTES)
             try:
-                packed_file.write(temporary, payload, key, self._key)
+                packed_file.write(temporary, payload, key, fingerprint or ops.fingerprint(payload, self._key))
                 os.replace(temporary, self._path(key))
             finally:
                 temporary.unlink(missing_ok=True)
@@ -154,6 +162,30 @@ class PackedCache:
             _LOG.debug("packed weights are not kept in %s: %s", self.folder, error)
             return False
         return True
+
+    def store_soon(self, key: bytes, payload: Tensor) -> None:
+        """Keep a payload as :meth:`store` does, in a thread of its own; the payload must not change any more."""
+
+        def write() -> None:
+            try:
+                # may start threads that compute, which would inherit a low priority
+                fingerprint = ops.fingerprint(payload, self._key)
+                if sys.platform == "linux":
+                    # of this thread alone
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+                with _one_writes:
+                    self.store(key, payload, fingerprint)
+            finally:
+                _writing.discard(thread)
+
+        # a thread that is not a daemon would be waited for before the process's own handlers of its end run
+        thread = threading.Thread(target=write, name="gpt2rt packed weights", daemon=True)
+        _writing.add(thread)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            _writing.discard(thread)
+            _LOG.debug("packed weights are not kept: %s", error)
 
     def _make_room(self, num_bytes: int) -> None:
         """Remove entries until there is room for a new one.
@@ -182,6 +214,24 @@ class PackedCache:
         # never the disk's last room
         if disk.f_bavail * disk.f_frsize < 2 * num_bytes:
             raise OSError(f"the disk has {disk.f_bavail * disk.f_frsize} bytes left, expected at least {2 * num_bytes}")
+
+
+@atexit.register
+def wait_for_writes() -> None:
+    """Wait until everything that :meth:`PackedCache.store_soon` was given is written."""
+    for thread in tuple(_writing):
+        thread.join()
+
+
+def _forget_writes() -> None:
+    """In a forked process, which has none of the threads."""
+    global _one_writes
+    _one_writes = threading.Lock()
+    _writing.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_writes)
 
 
 def _extension_digest() -> bytes:

@@ -63,7 +63,7 @@ class UnusableFileError(Exception):
     """A file is not what it should be; its text says how."""
 
 
-def write(path: Path, payload: Tensor, key: bytes, secret: Tensor) -> None:
+def write(path: Path, payload: Tensor, key: bytes, fingerprint: bytes) -> None:
     """Write a payload to a new file.
 
     It is not synced: a file that a crash left half written fails its check and is made again, while syncing makes the
@@ -73,12 +73,12 @@ def write(path: Path, payload: Tensor, key: bytes, secret: Tensor) -> None:
         path: does not exist yet.
         payload: [num_bytes] uint8, on CPU, contiguous.
         key: 32 bytes, what the payload is.
-        secret: key of the fingerprint.
+        fingerprint: of the payload, under the folder's secret.
     Raises:
         OSError: the file cannot be written; what there is of it is left.
     """
     view = _bytes_of(payload)
-    fields = _FIELDS.pack(_MAGIC, _FORMAT, 0, len(view), key, ops.fingerprint(payload, secret))
+    fields = _FIELDS.pack(_MAGIC, _FORMAT, 0, len(view), key, fingerprint)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         for part in (view, memoryview(fields + hashlib.sha256(fields).digest())):

@@ -71,7 +71,7 @@ class RoundedWeights:
     def store(self) -> None:
         """Keep what was made, for later processes."""
         if self._made:
-            self._cache.store(self._key, _pack(self._made))
+            self._cache.store_soon(self._key, _pack(self._made))
 
 
 @functools.cache

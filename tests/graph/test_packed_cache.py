@@ -4,7 +4,12 @@ import errno
 import logging
 import multiprocessing
 import os
+import signal
 import stat
+import subprocess
+import sys
+import textwrap
+import threading
 import time
 
 import pytest
@@ -32,6 +37,7 @@ def new_payload(size=5000, seed=0):
 
 
 def packs(folder):
+    packed_cache.wait_for_writes()
     return sorted(folder.glob("*.pack"))
 
 
@@ -85,6 +91,7 @@ def logits(model):
         result = model.generate(
             IDS, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
+    packed_cache.wait_for_writes()
     return torch.stack(result.logits)
 
 
@@ -246,6 +253,90 @@ def _work(folder, barrier, results, key, size):
         found = cache.load(key, size)
         good += found is not None and bool(torch.equal(found, payload))
     results.put((good, cache.key(RECIPE, new_sources())))
+
+
+def test_what_is_stored_soon_is_there_in_the_end(cache, folder, monkeypatch):
+    payloads = {bytes([number]) * 32: new_payload(seed=number) for number in range(4)}
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    going = threading.Event()
+    plain = cache.store
+
+    def slow(key, payload, fingerprint):
+        going.wait()
+        # it gives way to threads that compute, and is the only one that writes
+        assert sys.platform != "linux" or os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == 19
+        assert packed_cache._one_writes.locked()
+        return plain(key, payload, fingerprint)
+
+    monkeypatch.setattr(cache, "store", slow)
+    for key, payload in payloads.items():
+        cache.store_soon(key, payload)
+    assert list(folder.glob("*.pack")) == []
+    going.set()
+    packed_cache.wait_for_writes()
+    assert len(packs(folder)) == 4
+    for key, payload in payloads.items():
+        assert torch.equal(cache.load(key, payload.numel()), payload)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+
+
+def test_no_thread_to_store_in_is_no_error(cache, folder, monkeypatch, caplog):
+    def full(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    with caplog.at_level(logging.DEBUG, "gpt2rt"):
+        cache.store_soon(bytes(32), new_payload())
+    assert "are not kept: can't start new thread" in caplog.text
+    packed_cache.wait_for_writes()
+    assert packs(folder) == []
+
+
+def test_a_fork_meanwhile_neither_waits_nor_writes_twice(cache, folder, monkeypatch):
+    going, begun = threading.Event(), threading.Event()
+    plain = cache.store
+
+    def slow(*arguments):
+        begun.set()
+        going.wait()
+        return plain(*arguments)
+
+    monkeypatch.setattr(cache, "store", slow)
+    cache.store_soon(bytes(32), new_payload())
+    begun.wait()
+    child = os.fork()
+    if not child:
+        # the lock was held
+        going.set()
+        cache.store_soon(bytes([1]) * 32, new_payload(seed=1))
+        packed_cache.wait_for_writes()
+        os._exit(len(list(folder.glob("*.pack"))))
+    deadline = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(ended[1]) == 1
+    going.set()
+    assert len(packs(folder)) == 2
+
+
+def test_a_process_that_ends_writes_the_rest(folder):
+    script = """
+        import sys, time
+        from pathlib import Path
+        import torch
+        from gpt2rt.graph.packed_cache import PackedCache
+
+        class Slow(PackedCache):
+            def store(self, *arguments):
+                time.sleep(0.3)
+                return super().store(*arguments)
+
+        Slow(Path(sys.argv[1])).store_soon(bytes(32), torch.arange(100, dtype=torch.uint8))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(folder)], check=True)
+    assert torch.equal(PackedCache(folder).load(bytes(32), 100), torch.arange(100, dtype=torch.uint8))
 
 
 def test_processes_at_once_read_whole_files(folder):

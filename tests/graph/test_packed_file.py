@@ -25,6 +25,10 @@ def new_payload(size, seed=0):
     return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
 
 
+def write(path, payload, key, secret):
+    packed_file.write(path, payload, key, ops.fingerprint(payload, secret))
+
+
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "one.pack"
@@ -35,7 +39,7 @@ def path(tmp_path):
 def test_round_trip(path, monkeypatch, size, local):
     monkeypatch.setattr(packed_file, "_is_local", lambda device: local)
     payload = new_payload(size)
-    packed_file.write(path, payload, KEY, SECRET)
+    write(path, payload, KEY, SECRET)
     assert path.stat().st_size == size + TRAILER_BYTES
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     result = packed_file.read(path, size, KEY, SECRET)
@@ -51,7 +55,7 @@ def test_the_kernel_decides_whether_it_is_mapped(path, monkeypatch, huge):
     plain = packed_file._read
     monkeypatch.setattr(packed_file, "_read", lambda *args: read.append(args) or plain(*args))
     payload = new_payload(MAPPED)
-    packed_file.write(path, payload, KEY, SECRET)
+    write(path, payload, KEY, SECRET)
     result = packed_file.read(path, MAPPED, KEY, SECRET)
     assert torch.equal(result, payload)
     assert len(read) == (0 if huge else 1)
@@ -107,7 +111,7 @@ def rewrite(**fields):
 
     def damage(path):
         path.unlink()
-        packed_file.write(path, new_payload(5000), fields.get("key", KEY), fields.get("secret", SECRET))
+        write(path, new_payload(5000), fields.get("key", KEY), fields.get("secret", SECRET))
 
     return damage
 
@@ -141,7 +145,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_anything_else_is_refused(path, damage):
-    packed_file.write(path, new_payload(5000), KEY, SECRET)
+    write(path, new_payload(5000), KEY, SECRET)
     assert packed_file.read(path, 5000, KEY, SECRET).numel() == 5000
     change, message = DAMAGE[damage]
     change(path)
@@ -152,7 +156,7 @@ def test_anything_else_is_refused(path, damage):
 def test_a_damaged_mapping_is_refused(path, monkeypatch):
     monkeypatch.setattr(packed_file, "_is_local", lambda device: True)
     monkeypatch.setattr(packed_file, "_huge_bytes", lambda memory: memory.numel())
-    packed_file.write(path, new_payload(MAPPED), KEY, SECRET)
+    write(path, new_payload(MAPPED), KEY, SECRET)
     flip(3 * 2**20)(path)
     with pytest.raises(UnusableFileError, match="its payload fails"):
         packed_file.read(path, MAPPED, KEY, SECRET)
@@ -160,14 +164,14 @@ def test_a_damaged_mapping_is_refused(path, monkeypatch):
 
 def test_another_version_is_refused(path, monkeypatch):
     monkeypatch.setattr(packed_file, "_FORMAT", 2)
-    packed_file.write(path, new_payload(5000), KEY, SECRET)
+    write(path, new_payload(5000), KEY, SECRET)
     monkeypatch.undo()
     with pytest.raises(UnusableFileError, match="another version"):
         packed_file.read(path, 5000, KEY, SECRET)
 
 
 def test_another_users_file_is_refused(path, monkeypatch):
-    packed_file.write(path, new_payload(5000), KEY, SECRET)
+    write(path, new_payload(5000), KEY, SECRET)
     other = os.geteuid() + 1
     monkeypatch.setattr(os, "geteuid", lambda: other)
     with pytest.raises(UnusableFileError, match=f"belongs to user {other - 1}, this process runs as {other}"):
@@ -175,7 +179,7 @@ def test_another_users_file_is_refused(path, monkeypatch):
 
 
 def test_a_link_is_not_followed(path):
-    packed_file.write(path, new_payload(5000), KEY, SECRET)
+    write(path, new_payload(5000), KEY, SECRET)
     link = path.with_name("link.pack")
     link.symlink_to(path)
     with pytest.raises(OSError) as caught:
@@ -184,7 +188,7 @@ def test_a_link_is_not_followed(path):
 
 
 def test_a_file_that_shrinks_while_it_is_read(path, monkeypatch):
-    packed_file.write(path, new_payload(20 * 2**20), KEY, SECRET)
+    write(path, new_payload(20 * 2**20), KEY, SECRET)
     plain = packed_file.allocate_arena
 
     def shrink(size):
@@ -200,5 +204,5 @@ def test_a_file_that_shrinks_while_it_is_read(path, monkeypatch):
 def test_an_existing_file_is_never_written_to(path):
     path.write_bytes(b"mine")
     with pytest.raises(FileExistsError):
-        packed_file.write(path, new_payload(100), KEY, SECRET)
+        write(path, new_payload(100), KEY, SECRET)
     assert path.read_bytes() == b"mine"

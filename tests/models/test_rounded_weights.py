@@ -50,10 +50,13 @@ def checkpoint(tmp_path):
 
 
 def load(checkpoint, quantization="int4", **kwargs):
-    return GPT2LMHeadModel.from_pretrained(checkpoint, quantization=quantization, **kwargs)
+    model = GPT2LMHeadModel.from_pretrained(checkpoint, quantization=quantization, **kwargs)
+    packed_cache.wait_for_writes()
+    return model
 
 
 def entries(folder):
+    packed_cache.wait_for_writes()
     return sorted(folder.glob("*.pack")) if folder.exists() else []
 
 
