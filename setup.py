@@ -17,6 +17,7 @@ the build never asks which processor it runs on.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -128,15 +129,20 @@ def extension_options() -> dict[str, Any]:
                     nvcc, Path(self.get_ext_fullpath(CUDA)), Path(self.build_temp).resolve() / "cuda", user_flags
                 )
                 return
-            folder = Path(self.build_temp).resolve() / "isa"
-            folder.mkdir(parents=True, exist_ok=True)
+            # editable installs have a new temporary folder each time; these objects, which take most of the time and
+            # nothing of torch, are kept in the checkout
+            folder = ROOT / "build" if self.editable_mode else Path(self.build_temp).resolve()
             compiler = shlex.split(os.environ.get("CXX", "c++"))
+            version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
             jobs = []
             for name in isa_names():
-                target = folder / f"isa_{name}.o"
                 source = f"csrc/cpu/isa_{name}.cpp"
-                flags = [*CXX_FLAGS, *isa_flags(name, compiler), *user_flags]
-                jobs.append((target, [*compiler, *flags, "-c", source, "-o", str(target)], SOURCES_AND_HEADERS))
+                command = [*compiler, *CXX_FLAGS, *isa_flags(name, compiler), *user_flags, "-c", source]
+                # a name of its own for each command: one that runs at the same time does not replace it
+                digest = hashlib.sha256((shlex.join(command) + version).encode()).hexdigest()[:16]
+                target = folder / "isa" / f"{name}-{digest}.o"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                jobs.append((target, [*command, "-o", str(target)], SOURCES_AND_HEADERS))
             compile_objects(jobs)
             ext.extra_objects = [*(ext.extra_objects or []), *(str(target) for target, *_ in jobs)]
             # setuptools links again only if something in this list is newer than the library
