@@ -5,7 +5,7 @@
 Shapes: x [T, K], of which rows ``logits_indices`` [M] (or the first M) are taken; weight (N, K) in any format of
 ``weights.py``; ids [M] int64, the largest logits [M] float32; logits [M, N] float32 only when asked for. A row with NaN
 or +infinity among its logits has the id -1 and the largest logit NaN, as ``argmax_ref`` has it; so has a row whose
-index lies outside x.
+index lies outside x, and with ``finite`` one with -infinity.
 
 Two kernels. The first is ``linear_rows`` with another end: a program owns a few rows of the weight and leaves one
 integer a row of x, a key whose high half orders floats and whose low half orders ids backwards. The second takes the
@@ -37,12 +37,12 @@ KEYS = 2048
 
 
 def head_argmax_ref(
-    x: Tensor, weight: DeviceWeight, norm: Norm | None, logits_indices: Tensor | None
+    x: Tensor, weight: DeviceWeight, norm: Norm | None, logits_indices: Tensor | None, finite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, in float32 (float64 for float64 ``x``): ids [M] int64, largest logits [M], logits [M, N]."""
     rows = x if logits_indices is None else x[logits_indices]
     logits = fused_linear_ref(rows, weight, None, norm=norm)
-    ids = argmax_ref(logits, False)
+    ids = argmax_ref(logits, finite)
     return ids, torch.where(ids < 0, torch.nan, logits.amax(dim=-1)), logits
 
 
@@ -97,6 +97,7 @@ def _head_kernel(
     SEGMENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FINITE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     let_dependents_start(PDL)
@@ -168,6 +169,8 @@ def _head_kernel(
         y = tl.where(inside, y, float("nan"))
         if logits_ptr is not None:
             tl.store(logits_ptr + target * stride_logits + column, y, mask=mask)
+        if FINITE:
+            y = tl.where(y > float("-inf"), y, float("nan"))
         # a row past the vocabulary has the lowest key of all
         keys = sortable_keys(tl.where(mask, y, float("-inf")), column)
         tl.store(keys_ptr + target * tl.num_programs(0) + tl.program_id(0), tl.max(keys, 0))
@@ -204,6 +207,7 @@ def head_argmax_triton(
     workspace: Tensor,
     *,
     logits_out: Tensor | None = None,
+    finite: bool = False,
     pdl: bool = False,
 ) -> None:
     """Launch both kernels; nothing is allocated and nothing waits for the device.
@@ -217,6 +221,7 @@ def head_argmax_triton(
         best_out: [M] float32; written.
         workspace: uint8, at least :func:`head_workspace_bytes`, starting at a multiple of 8 bytes.
         logits_out: [M, N] float32 with contiguous rows, or None; written.
+        finite: -inf is as bad as NaN.
         pdl: programmatic dependent launch; the kernel before these in the stream must follow its rules (fusion.py).
 
     Raises:
@@ -277,6 +282,7 @@ def head_argmax_triton(
             SEGMENT=config.segment,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
+            FINITE=finite,
             PDL=pdl,
             num_warps=config.num_warps,
             **launch,

@@ -4,6 +4,7 @@ Imports torch alone.
 """
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
@@ -11,6 +12,22 @@ from torch import Tensor
 # options of every launch. Fusing multiply and add is the default today, and triton announces the opposite default for a
 # later version: said aloud, the numbers do not move with the version
 OPTIONS = {"enable_fp_fusion": True}
+
+
+# what launches on CPU tensors are compiled for, without a device: 10 * major + minor, or 0 for any; the ahead-of-time
+# check sets it
+compiled_for = 0
+
+
+@functools.cache
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def architecture_of(x: Tensor) -> int:
+    """The compute capability of the device of ``x`` as a number, 90 for 9.0; of CPU tensors ``compiled_for``."""
+    return _architecture(x.get_device()) if x.is_cuda else compiled_for
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .fused_linear import Append, Norm
 from .fusion import ACTIVATIONS
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, architecture_of, on_device
 from .tile_config import FEW_ROWS, Tile, splits_for, tile_for
 from .tile_kernels import linear_tiles_kernel, reduce_splits_kernel
 from .weights import DeviceWeight
@@ -104,7 +104,7 @@ def workspace_bytes(weight: DeviceWeight | StoredWeight, num_rows: int, *, batch
     weight = stored(weight) if isinstance(weight, DeviceWeight) else weight
     if not batch_invariant:
         num_rows = min(num_rows, FEW_ROWS)
-    splits, _ = _splits(weight, _tile(weight, num_rows, batch_invariant, weight.compute_dtype.itemsize))
+    splits, _ = _splits(weight, _tile(weight, num_rows, batch_invariant, weight.compute_dtype.itemsize, 0))
     return 0 if splits == 1 else splits * num_rows * weight.shape[0] * 4
 
 
@@ -167,7 +167,7 @@ def launch(
     _check(x, weight, out, activation, residual, append)
     if not num_rows or not n_out:
         return
-    tile = _tile(weight, num_rows, batch_invariant, x.element_size())
+    tile = _tile(weight, num_rows, batch_invariant, x.element_size(), architecture_of(x))
     few = batch_invariant or num_rows <= FEW_ROWS
     splits, tiles = _splits(weight, tile) if few else (1, -(-n_in // tile.block_k))
     partials = out
@@ -267,10 +267,11 @@ def launch(
             )
 
 
-def _tile(weight: StoredWeight, num_rows: int, batch_invariant: bool, x_bytes: int) -> Tile:
+def _tile(weight: StoredWeight, num_rows: int, batch_invariant: bool, x_bytes: int, architecture: int) -> Tile:
     return tile_for(
         num_rows,
         weight.shape[0],
+        architecture=architecture,
         product_bytes=weight.compute_dtype.itemsize,
         x_bytes=x_bytes,
         four_bits=weight.four_bits,

@@ -1,9 +1,10 @@
 """Tiles of ``linear_tiles.py``: static tables, no tuning at run time.
 
-A tile is chosen by the bytes of the products' dtype, by whether the weight has 4 bits (whose tiles are longer in K, so
-that a thread still loads 16 bytes of it), by the width of the output and by M in buckets. Every tile fits the 99 KiB of
-shared memory that a block has on the smallest target, so one table serves all of sm_80 to sm_120. Starting points, not
-tuned on a device yet.
+A tile is chosen by the architecture, by the bytes of the products' dtype, by whether the weight has 4 bits (whose tiles
+are longer in K, so that a thread still loads 16 bytes of it), by the width of the output and by M in buckets. Stages go
+down to what fits the shared memory of a block, 99 KiB on the smallest targets. Up to ``FEW_ROWS`` rows one table serves
+all architectures, since blocks and splits of K decide a row's bits, which must not depend on the device. Starting
+points, not tuned on a device yet.
 
 Imports nothing but the standard library.
 """
@@ -12,8 +13,11 @@ from typing import NamedTuple
 
 #: up to so many rows mma.sync tiles are taken, K is split, and layer norm can be a prologue
 FEW_ROWS = 64
-#: what the operands of all stages together may take of shared memory
-SHARED_BYTES = 99 * 1024
+#: what the operands of all stages together may take of shared memory, by architecture (CUDA C++ programming guide,
+#: technical specifications by compute capability)
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+#: of architectures that are not in the table
+LEAST_SHARED_BYTES = 99 * 1024
 # programs that draw the memory's bandwidth on a device of 132 multiprocessors; a constant, so that the split, and with
 # it a row's bits, do not depend on the device
 PROGRAMS = 144
@@ -62,16 +66,40 @@ TILES: dict[tuple[int, bool], Table] = {
     (4, False): FLOAT32,
     (4, True): FLOAT32,
 }
+#: architecture -> what its table has instead: (rows and columns as in the table, tile). sm_80 has room for one block of
+#: the largest tile with three stages or with four; sm_90 and sm_100 for two with three and one with four
+OTHER_TILES: dict[int, dict[tuple[int, bool], Table]] = {
+    80: {
+        (2, False): ((None, None, Tile(128, 128, 64, 8, 4)),),
+        (2, True): ((None, None, Tile(128, 128, 64, 8, 4)),),
+    },
+}
+
+
+def table_for(architecture: int, product_bytes: int, four_bits: bool) -> Table:
+    """The tiles of an architecture, each line as :data:`Table` has it."""
+    others = OTHER_TILES.get(architecture, {}).get((product_bytes, four_bits), ())
+    instead = {(rows, columns): tile for rows, columns, tile in others}
+    lines = TILES[product_bytes, four_bits]
+    return tuple((rows, columns, instead.get((rows, columns), tile)) for rows, columns, tile in lines)
 
 
 def tile_for(
-    num_rows: int, n: int, *, product_bytes: int, x_bytes: int, four_bits: bool, batch_invariant: bool
+    num_rows: int,
+    n: int,
+    *,
+    architecture: int,
+    product_bytes: int,
+    x_bytes: int,
+    four_bits: bool,
+    batch_invariant: bool,
 ) -> Tile:
     """The tile for ``num_rows`` rows and ``n`` columns.
 
     Args:
         num_rows: M.
         n: N.
+        architecture: compute capability of the device as a number, 90 for 9.0; 0 for any.
         product_bytes: bytes of an element of the dtype of the products.
         x_bytes: bytes of an element of x as stored; wider than the products, it takes stages away.
         four_bits: the weight has codes of 4 bits.
@@ -80,10 +108,11 @@ def tile_for(
     # the tile that serves every M is the largest of few rows: it pads one row to 32, and reads the weights of many rows
     # half as often as one of 16
     rows = FEW_ROWS if batch_invariant else num_rows
-    for most_rows, most_columns, tile in TILES[product_bytes, four_bits]:
+    room = SHARED_BYTES.get(architecture, LEAST_SHARED_BYTES)
+    for most_rows, most_columns, tile in table_for(architecture, product_bytes, four_bits):
         if (most_rows is None or rows <= most_rows) and (most_columns is None or n <= most_columns):
             stage = tile.block_k * (tile.block_m * max(x_bytes, product_bytes) + tile.block_n * product_bytes)
-            return tile._replace(num_stages=max(2, min(tile.num_stages, SHARED_BYTES // stage)))
+            return tile._replace(num_stages=max(2, min(tile.num_stages, room // stage)))
     raise AssertionError(f"no tile for {num_rows} rows and {n} columns")
 
 

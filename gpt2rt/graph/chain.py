@@ -24,6 +24,7 @@ from gpt2rt.kernels.embedding_rows import embedding_rows_triton
 from gpt2rt.kernels.fused_linear import MAX_ROWS, Append, Partials, fused_linear_rows, fused_linear_triton
 from gpt2rt.kernels.fused_linear import Norm as KernelNorm
 from gpt2rt.kernels.fusion import ACTIVATIONS
+from gpt2rt.kernels.head import head_argmax_triton, head_workspace_bytes
 from gpt2rt.kernels.linear_tiles import workspace_bytes
 from gpt2rt.kernels.merge_splits import merge_splits_triton
 from gpt2rt.kernels.norm_rows import norm_rows_triton
@@ -121,6 +122,7 @@ class Buffers:
         logits_indices: [num_logits] int64.
         logits: [num_logits, vocab_size] float32; no rows where the plan has no output layer.
         hidden: [num_logits, n_embd] float32, the rows after the final norm.
+        best: [num_logits] float32, the largest logits of a step whose tokens are chosen as they are computed.
     """
 
     # what is made under a caller's inference mode could not be written outside of it
@@ -154,6 +156,7 @@ class Buffers:
         self.attended = new(tokens, wide, dtype=plan.dtype)
         self.inner = new(tokens, chain.inner_size, dtype=plan.dtype)
         self.hidden = new(size.num_logits, plan.n_embd, dtype=torch.float32)
+        self.best = new(size.num_logits, dtype=torch.float32)
         rows = size.num_logits if chain.has_head else 0
         padded = -(-plan.vocab_size // _LOGITS_PAD) * _LOGITS_PAD
         self.logits = new(rows, padded, dtype=torch.float32)[:, : plan.vocab_size]
@@ -246,10 +249,11 @@ class Chain:
     def workspace_bytes(self, num_tokens: int) -> int:
         """Bytes of workspace that the products of a step of so many tokens need."""
         weights = [product.weight for product in self._products.values()]
-        return max(
-            (workspace_bytes(w, num_tokens, batch_invariant=self.batch_invariant) for w in weights),
-            default=0,
-        )
+        needed = [workspace_bytes(w, num_tokens, batch_invariant=self.batch_invariant) for w in weights]
+        head = self.plan.nodes[-1]
+        if isinstance(head, Head) and head.linear is not None and num_tokens <= MAX_ROWS:
+            needed.append(head_workspace_bytes(self.product(head.linear).weight, num_tokens))
+        return max(needed, default=0)
 
     def _pack(self, weight: Tensor | QuantizedWeight) -> DeviceWeight:
         """A weight in the kernels' form; one object gives one, so that tied weights stay tied."""
@@ -290,15 +294,15 @@ class Chain:
             chosen: [num_logits] int64 for the first of the largest logits of each row, -1 unless all are finite.
 
         Returns:
-            Whether ``chosen`` was written; if not, it is left to the caller.
+            Whether ``chosen`` was written, and then logits perhaps not; if it was not, it is left to the caller.
         """
         if self.persistent is not None and self.persistent.serves(buffers, cache):
             self.persistent.run(buffers, cache, hidden=hidden, chosen=chosen)
             return chosen is not None
-        step = _Launches(self, buffers, cache, max_query_len, hidden)
+        step = _Launches(self, buffers, cache, max_query_len, hidden, chosen)
         for node in self.plan.nodes:
             step.launch(node)
-        return False
+        return step.has_chosen
 
     def product(self, linear: Linear) -> _Product:
         """A linear layer of the plan, packed."""
@@ -309,7 +313,13 @@ class _Launches:
     """The launches of one step; they remember what is not yet merged."""
 
     def __init__(
-        self, chain: Chain, buffers: Buffers, cache: PagedKVCache, max_query_len: int, wants_hidden: bool
+        self,
+        chain: Chain,
+        buffers: Buffers,
+        cache: PagedKVCache,
+        max_query_len: int,
+        wants_hidden: bool,
+        chosen: Tensor | None,
     ) -> None:
         self.chain = chain
         self.plan = chain.plan
@@ -317,6 +327,8 @@ class _Launches:
         self.cache = cache
         self.max_query_len = max_query_len
         self.wants_hidden = wants_hidden
+        self.chosen = chosen
+        self.has_chosen = False
         self.num_tokens = buffers.size.num_tokens
         # the product's own norm rounds unlike a separate one: a choice by size would let bits depend on it
         self.fuses_norm = chain.batch_invariant or self.num_tokens <= MAX_FUSED_NORM
@@ -437,7 +449,22 @@ class _Launches:
         plain = not (self.wants_hidden or self.chain.batch_invariant)
         if node.linear is not None and b.size.num_splits and self.fuses_norm and plain:
             # the rows of a decode step are those whose logits are wanted
-            self._linear(b.x, node.linear, b.logits, norm=node.norm)
+            product = self.chain.product(node.linear)
+            if self.chosen is None or self.num_tokens > MAX_ROWS or product.bias is not None:
+                self._linear(b.x, node.linear, b.logits, norm=node.norm)
+                return
+            head_argmax_triton(
+                b.x,
+                product.weight,
+                None if node.norm is None else _norm(node.norm),
+                None,
+                self.chosen,
+                b.best,
+                b.workspace,
+                finite=True,
+                pdl=self.chain.pdl,
+            )
+            self.has_chosen = True
             return
         norm = None if node.norm is None else _norm(node.norm)
         norm_rows_triton(b.x, norm, b.hidden, rows=b.logits_indices, pdl=self.chain.pdl)

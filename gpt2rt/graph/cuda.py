@@ -34,6 +34,7 @@ from .executor import check_step
 from .persistent import PersistentStep
 from .persistent import unsupported as persistent_unsupported
 from .plan import Plan
+from .streams import StreamOrder
 
 __all__ = ["BATCH_SIZES", "PROMPT_LENGTHS", "CudaExecutor", "unsupported"]
 
@@ -90,6 +91,7 @@ class CudaExecutor:
         graphs: those that were captured, and why not if none are.
         persistent_disabled: why no step runs as one launch of the persistent kernel (persistent.py); empty if some do.
         lock: held while launches of this executor are queued.
+        streams: orders them where callers use several streams.
         loop_states: of decode loops, for ``device_loop.py`` alone.
 
     Raises:
@@ -124,6 +126,7 @@ class CudaExecutor:
         self.loop_states: dict[tuple[int, bool, int, int], list[Any]] = {}
         # buffers are shared by all who call step, and so are graphs
         self.lock = threading.Lock()
+        self.streams = StreamOrder(plan.device)
 
     def _use_persistent(self) -> str:
         """Give single decode steps to the persistent kernel if that is asked for; says why not."""
@@ -151,7 +154,7 @@ class CudaExecutor:
         other.graphs = GraphStore(self.plan.device, enabled=not self.graphs.disabled)
         other._buffers = {}
         other.loop_states = {}
-        other.lock = threading.Lock()
+        # the lock and the order of streams are shared, like the persistent kernel's workspace
         return other
 
     @property
@@ -183,6 +186,7 @@ class CudaExecutor:
         if head not in ("logits", "argmax") or (head == "argmax" and not self.chain.has_head):
             raise ValueError(f'head must be "logits", or "argmax" of a plan with an output layer, got {head!r}')
         with self.lock:
+            self.streams.join()
             buffers, bound, key = self._prepare(batch, cache, return_hidden)
             buffers.load(batch)
 

@@ -1,7 +1,8 @@
 """CUDA graphs: a step's launches recorded once for each size of step, and replayed with one call.
 
 A graph holds addresses, so it belongs to one set of buffers and one cache: the key names both. What cannot be captured
-runs as plain launches, and :attr:`GraphStore.disabled` says why.
+runs as plain launches, with a warning; where several captures in a row fail, none is tried any more, and
+:attr:`GraphStore.disabled` says why.
 
 Source: CUDA programming guide, "CUDA Graphs"; capture as torch.cuda.graph does it.
 """
@@ -19,6 +20,8 @@ import torch
 
 # torch: only one capture may be under way in a process
 _ONE_CAPTURE = threading.Lock()
+# captures in a row that may fail: a third failure is hardly chance
+_MOST_FAILURES = 3
 
 
 class GraphStore:
@@ -45,13 +48,17 @@ class GraphStore:
         self._pool: Any = None
         # torch's allocator may still ask a graph whose capture has failed
         self._failed: list[torch.cuda.CUDAGraph] = []
+        # keys whose capture has failed, and how many captures did since one succeeded
+        self._plain: set[Hashable] = set()
+        self._failures = 0
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def clear(self) -> None:
-        """Forget all graphs."""
+        """Forget all graphs, and which steps had none."""
         self._graphs.clear()
+        self._plain.clear()
 
     def run(self, key: Hashable, launches: Callable[[], None]) -> None:
         """Replay the graph of ``key``, or capture it from ``launches`` first.
@@ -63,7 +70,7 @@ class GraphStore:
             key: says everything that the launches depend on: addresses, sizes, settings.
             launches: starts kernels on the current stream; allocates nothing and does not wait.
         """
-        if self.disabled:
+        if self.disabled or key in self._plain:
             launches()
             return
         graph = self._graphs.get(key)
@@ -74,7 +81,9 @@ class GraphStore:
         launches()
         graph = self._capture(launches)
         if graph is None:
+            self._plain.add(key)
             return
+        self._failures = 0
         self._graphs[key] = graph
         while len(self._graphs) > self._max_graphs:
             self._graphs.popitem(last=False)
@@ -97,15 +106,15 @@ class GraphStore:
             self._give_up(graph, before)
             raise
         except RuntimeError as error:
+            # the step itself has run already
             self._give_up(graph, before)
-            # the step itself has run already; from now on every step is launched plainly
-            self.disabled = f"capture failed: {error}"
-            self._graphs.clear()
-            warnings.warn(
-                f"gpt2rt cannot capture CUDA graphs here and launches kernels one by one, which is slower: {error}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            self._failures += 1
+            what = "a step as a CUDA graph and launches its kernels one by one"
+            if self._failures >= _MOST_FAILURES:
+                what = "CUDA graphs here and launches kernels one by one"
+                self.disabled = f"{self._failures} captures in a row failed: {error}"
+                self.clear()
+            warnings.warn(f"gpt2rt cannot capture {what}, which is slower: {error}", RuntimeWarning, stacklevel=4)
             return None
         finally:
             if collects:

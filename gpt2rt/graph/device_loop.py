@@ -114,7 +114,9 @@ class DeviceLoop:
             self._key = key
         self._sequences, self._limits = sequences, list(limits)
         self._launched = self._read = 0
-        self._settings = self._state.fill(self._executor, tokens, sequences, limits, sampling)
+        with self._executor.lock:
+            self._executor.streams.join()
+            self._settings = self._state.fill(self._executor, tokens, sequences, limits, sampling)
 
     def can_launch(self) -> bool:
         """Whether every sequence has room for one more token, and the ring for its step."""
@@ -126,21 +128,26 @@ class DeviceLoop:
         """Queue a step: it appends one token to each sequence, and chooses the next.
 
         Raises:
-            OutOfBlocksError: the pool is empty; no sequence has grown, nothing was queued.
+            OutOfBlocksError: the pool is empty.
+            torch.cuda.OutOfMemoryError: there is no memory for the step's buffers or its graph.
+
+            Whatever is raised, no sequence has grown; :meth:`start` anew.
         """
+        state, executor = self._state, self._executor
         grown: list[Sequence] = []
         try:
             for sequence in self._sequences:
                 sequence.append(1)
                 grown.append(sequence)
+            longest = max(sequence.length for sequence in self._sequences)
+            with executor.lock:
+                executor.streams.join()
+                state.extend_tables(self._sequences, self._launched)
+                state.run(executor, self._cache, longest, self._settings, self._launched)
         except BaseException:
             for sequence in grown:
                 sequence.truncate(sequence.length - 1)
             raise
-        state = self._state
-        state.extend_tables(self._sequences, self._launched)
-        longest = max(sequence.length for sequence in self._sequences)
-        state.run(self._executor, self._cache, longest, self._settings, self._launched)
         self._launched += 1
 
     def read(self) -> list[int]:
@@ -313,11 +320,10 @@ class _State:
     def run(
         self, executor: CudaExecutor, cache: PagedKVCache, longest: int, settings: tuple[bool, ...], step: int
     ) -> None:
-        """Queue the step, and the copy of its tokens to the host."""
+        """Queue the step, and the copy of its tokens to the host; the executor's lock is held."""
         buffers = self.buffers(executor, num_splits_for(longest))
         key = ("loop", self._serial, buffers.size, settings, *cache_key(cache))
-        with executor.lock:
-            executor.graphs.run(key, lambda: self._launches(executor, buffers, cache, settings))
+        executor.graphs.run(key, lambda: self._launches(executor, buffers, cache, settings))
         slot = step % RING
         self._fetched[slot].copy_(self.ring[slot], non_blocking=True)
         if self._events:

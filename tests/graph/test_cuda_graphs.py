@@ -79,21 +79,45 @@ def test_the_least_recently_used_is_forgotten(device):
     assert device.log == ["a", "b", ("replay", "a"), "c", ("replay", "a"), "b"]
 
 
+def fail(graphs, device, key):
+    """A step whose capture fails."""
+    device.error = RuntimeError(f"operation of {key} not permitted when stream is capturing")
+    with pytest.warns(RuntimeWarning, match=f"cannot capture .*: operation of {key} not permitted") as warned:
+        graphs.run(key, lambda: device.launch(key))
+    device.error = None
+    return str(warned[0].message)
+
+
 def test_what_cannot_be_captured_is_launched_plainly(device):
     graphs = store()
     graphs.run("a", lambda: device.launch("a"))
-    device.error = RuntimeError("operation not permitted when stream is capturing")
-    with pytest.warns(RuntimeWarning, match="cannot capture CUDA graphs here.*not permitted"):
-        graphs.run("b", lambda: device.launch("b"))
-    assert graphs.disabled == "capture failed: operation not permitted when stream is capturing"
-    assert len(graphs) == 0
-    device.error = None
-    for key in ("a", "b", "b"):
+    assert fail(graphs, device, "b").startswith("gpt2rt cannot capture a step as a CUDA graph")
+    assert graphs.disabled == ""
+    for key in ("a", "b", "b", "c", "c"):
         graphs.run(key, lambda key=key: device.launch(key))
     assert device.streams == ["the caller's stream"]
     assert gc.isenabled()
-    # every step ran exactly once
-    assert device.log == ["a", "b", "a", "b", "b"]
+    # every step ran exactly once, and those of other sizes are still replayed
+    assert device.log == ["a", "b", ("replay", "a"), "b", "b", "c", ("replay", "c")]
+
+
+def test_after_three_failures_in_a_row_nothing_is_captured(device):
+    graphs = store()
+    graphs.run("a", lambda: device.launch("a"))
+    for key in ("b", "c"):
+        fail(graphs, device, key)
+    # one that succeeds begins the count anew
+    graphs.run("d", lambda: device.launch("d"))
+    for key in ("e", "f"):
+        fail(graphs, device, key)
+    assert graphs.disabled == ""
+    assert fail(graphs, device, "g").startswith("gpt2rt cannot capture CUDA graphs here")
+    assert graphs.disabled == "3 captures in a row failed: operation of g not permitted when stream is capturing"
+    assert len(graphs) == 0
+    device.log.clear()
+    for key in ("a", "b", "g", "h", "h"):
+        graphs.run(key, lambda key=key: device.launch(key))
+    assert device.log == ["a", "b", "g", "h", "h"]
 
 
 def test_out_of_memory_is_not_a_failed_capture(device):

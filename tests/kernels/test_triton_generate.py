@@ -14,7 +14,7 @@ from gpt2rt import GPT2Config, GPT2LMHeadModel
 from gpt2rt.cache import PagedKVCache, Sequence
 from gpt2rt.errors import NumericsError
 from gpt2rt.generation.random import uniform
-from gpt2rt.graph import StepBatch
+from gpt2rt.graph import StepBatch, device_loop
 from gpt2rt.graph.cuda import CudaExecutor
 from gpt2rt.graph.device_loop import RING, DeviceLoop, SamplingRows
 
@@ -215,3 +215,54 @@ def test_a_loop_draws_what_the_host_would(model):
             current = token
     with pytest.raises(ValueError, match="max_rows must be 1 to 256, got 0"):
         DeviceLoop(executor, cache, 0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_greedy_tokens_are_chosen_as_the_logits_are_computed(model, monkeypatch, rows):
+    """Up to 8 rows: no logits are stored, and no launch looks for the largest of them."""
+    executor = model.generation_executor("cuda")
+    plan = executor.plan
+    calls = []
+    plain = device_loop.argmax_into_triton
+    monkeypatch.setattr(
+        device_loop, "argmax_into_triton", lambda *args, **kwargs: (calls.append(1), plain(*args, **kwargs))
+    )
+    cache = PagedKVCache(plan.n_layer, plan.n_head, plan.head_dim, 2 * rows)
+    loop = DeviceLoop(executor, cache, rows)
+    tokens = [(7 * row) % VOCAB for row in range(rows)]
+    loop.start(tokens, [Sequence(cache) for _ in range(rows)], [16] * rows)
+    loop.launch()
+    chosen = loop.read()
+    loop.close()
+    assert len(calls) == (rows > 8)
+    fresh = [Sequence(cache) for _ in range(rows)]
+    logits = executor.step(StepBatch.build([[token] for token in tokens], fresh), cache).logits
+    assert chosen == logits.argmax(-1).tolist()
+
+
+def test_a_launch_that_fails_leaves_the_sequences_as_they_were(model, monkeypatch):
+    executor = model.generation_executor("cuda")
+    plan = executor.plan
+    cache = PagedKVCache(plan.n_layer, plan.n_head, plan.head_dim, 4)
+    sequences = [Sequence(cache), Sequence(cache)]
+    loop = DeviceLoop(executor, cache, 2)
+    loop.start([1, 2], sequences, [40, 40])
+    loop.launch()
+    first = loop.read()
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor.graphs, "run", full)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            loop.launch()
+    assert [sequence.length for sequence in sequences] == [1, 1]
+    assert loop.pending == 0
+    loop.start(first, sequences, [40, 40])
+    loop.launch()
+    assert len(loop.read()) == 2
+    loop.close()
+    for sequence in sequences:
+        sequence.free()
+    assert cache.pool.num_free == cache.pool.num_blocks

@@ -28,7 +28,7 @@ from gpt2rt.kernels.weights import pack_dense
 pytestmark = pytest.mark.kernel
 
 
-def run(x, weight, norm=None, indices=None, *, rows=None, with_logits=True):
+def run(x, weight, norm=None, indices=None, *, rows=None, with_logits=True, finite=False):
     """(ids, largest, logits) of the kernels, each in memory that held something else."""
     n = weight.shape[0]
     rows = rows if rows is not None else len(x) if indices is None else len(indices)
@@ -36,7 +36,7 @@ def run(x, weight, norm=None, indices=None, *, rows=None, with_logits=True):
     logits = torch.empty(rows, n, dtype=torch.float32) if with_logits else None
     needed = head_workspace_bytes(weight, rows)
     workspace = torch.full((needed + 64,), 0x7F, dtype=torch.uint8)
-    head_argmax_triton(x, weight, norm, indices, ids, best, workspace, logits_out=logits)
+    head_argmax_triton(x, weight, norm, indices, ids, best, workspace, logits_out=logits, finite=finite)
     assert (workspace[needed:] == 0x7F).all(), "a kernel wrote past its workspace"
     return ids, best, logits
 
@@ -136,6 +136,17 @@ def test_minus_infinity_excludes_a_token_and_all_of_them_leave_none():
     weight[33] = -5.0
     ids, best, _ = run(torch.ones(1, 1), pack_dense(weight))
     assert (ids[0], best[0]) == (33, -5.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 15, 16, 38])
+def test_finite_takes_nothing_else(bad, place):
+    weight = torch.randn(39, 1)
+    for value in (bad, 0.0):
+        weight[place] = value
+        ids, best, logits = run(torch.ones(2, 1), pack_dense(weight), finite=True)
+        assert torch.equal(ids, argmax_ref(logits, True))
+        assert (ids[0] < 0, bool(best[0].isnan())) == (value != 0.0, value != 0.0)
 
 
 def key_of(value, token):

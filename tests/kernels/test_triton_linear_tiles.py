@@ -112,15 +112,27 @@ def test_groups_of_every_size(m, kind, group_size, as_exact_as_torch):
     check(torch.randn(m, 270, dtype=F16), weight, None, as_exact_as_torch)
 
 
-def test_the_shapes_reach_every_tile():
-    for (product_bytes, four_bits), rows in tile_config.TILES.items():
+@pytest.mark.parametrize("architecture", [0, *tile_config.SHARED_BYTES])
+def test_the_shapes_reach_every_tile(architecture):
+    for product_bytes, four_bits in tile_config.TILES:
+        sizes = {"product_bytes": product_bytes, "x_bytes": 2, "four_bits": four_bits, "batch_invariant": False}
         reached = {
-            tile_config.tile_for(
-                m, n, product_bytes=product_bytes, x_bytes=2, four_bits=four_bits, batch_invariant=False
-            )
+            tile_config.tile_for(m, n, architecture=architecture, **sizes)
             for m, n, _ in (QUANTIZED_SHAPES if four_bits else SHAPES) + WIDE_SHAPES
         }
-        assert reached == {tile for _, _, tile in rows}
+        table = tile_config.table_for(architecture, product_bytes, four_bits)
+        assert reached == {tile for _, _, tile in table}
+        # nothing that decides the bits of few rows depends on the device
+        few = {line for line in table if line[0] is not None and line[0] <= tile_config.FEW_ROWS}
+        assert few <= set(tile_config.TILES[product_bytes, four_bits])
+
+
+def test_every_other_tile_takes_the_place_of_one():
+    assert set(tile_config.OTHER_TILES) <= set(tile_config.SHARED_BYTES)
+    for architecture, tables in tile_config.OTHER_TILES.items():
+        for (product_bytes, four_bits), others in tables.items():
+            table = tile_config.table_for(architecture, product_bytes, four_bits)
+            assert set(others) == set(table) - set(tile_config.TILES[product_bytes, four_bits])
 
 
 @pytest.mark.parametrize("kind", ["dense", "int4"])
@@ -234,7 +246,9 @@ def test_no_split_is_empty_and_few_columns_are_split_more():
     assert tile_config.splits_for(768, 3072, tile) == (6, 8)
 
 
-def test_every_tile_fits_the_smallest_shared_memory():
+@pytest.mark.parametrize("architecture", [0, *tile_config.SHARED_BYTES])
+def test_every_tile_fits_the_shared_memory(architecture):
+    room = tile_config.SHARED_BYTES.get(architecture, min(tile_config.SHARED_BYTES.values()))
     for product_bytes in (2, 4):
         for x_bytes in (2, 4):
             for four_bits in (False, True):
@@ -243,6 +257,7 @@ def test_every_tile_fits_the_smallest_shared_memory():
                         tile = tile_config.tile_for(
                             m,
                             n,
+                            architecture=architecture,
                             product_bytes=product_bytes,
                             x_bytes=x_bytes,
                             four_bits=four_bits,
@@ -252,7 +267,7 @@ def test_every_tile_fits_the_smallest_shared_memory():
                             tile.block_m * max(x_bytes, product_bytes) + tile.block_n * product_bytes
                         )
                         assert tile.num_stages >= 2
-                        assert tile.num_stages * stage <= tile_config.SHARED_BYTES
+                        assert tile.num_stages * stage <= room
 
 
 def test_no_rows_and_what_does_not_fit():

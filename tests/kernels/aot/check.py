@@ -40,6 +40,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from gpt2rt.kernels import launch as launching  # noqa: E402
+
 # bytes of shared memory that a block may opt in to (CUDA C++ programming guide, technical specifications)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 REGISTERS_SLACK = 1.10
@@ -172,6 +174,7 @@ def measure_spec(task: tuple[str, int, int]) -> list[tuple[str, Usage]]:
     """(kernel name, usage) for each launch of one spec: (specs file, index in it, compute capability)."""
     path, index, capability = task
     spec = load_specs(path)[index]
+    launching.compiled_for = capability
     launches = record(spec.call)
     if len(launches) != len(spec.wide_loads):
         raise RuntimeError(f"{spec.name}: {len(launches)} launches, the spec lists {len(spec.wide_loads)}")

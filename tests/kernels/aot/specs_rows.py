@@ -100,7 +100,7 @@ def _head(kind: str, k: int, wide_loads: int) -> Spec:
     workspace = _empty(head_workspace_bytes(weight, 4), dtype=torch.uint8)
     return Spec(
         f"head {k} {kind}",
-        lambda: head_argmax_triton(x, weight, norm, indices, ids, best, workspace),
+        lambda: head_argmax_triton(x, weight, norm, indices, ids, best, workspace, finite=True),
         (wide_loads, 0),
     )
 
