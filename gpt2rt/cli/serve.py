@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import inspect
 import json
 import sys
@@ -14,6 +17,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from gpt2rt.server.settings import EngineSettings, ServerSettings
+from gpt2rt.server.sockets import address, listen
 
 from .common import DEFAULT_MODEL, JsonFlag, UsageFault, check_dtype, check_quantization, parse_device, set_threads
 
@@ -25,6 +29,9 @@ EXAMPLES = (
     '-d \'{"prompt": "ROMEO:", "max_tokens": 20}\'\n\n'
     "Each flag has an environment variable, GPT2RT_MAX_NUM_SEQS for --max-num-seqs; the flag goes before it."
 )
+
+# of the extra
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "orjson")
 
 _MODEL = Annotated[str, typer.Argument(help="A folder, a hub id, or an embedded model.", envvar="GPT2RT_MODEL")]
 
@@ -73,15 +80,22 @@ def command(model: str = DEFAULT_MODEL, json_line: bool = False, **options: Any)
     settings = dataclasses.replace(settings, chat_template=_template(settings.chat_template))
     if engine_settings.num_threads:
         set_threads(engine_settings.num_threads)
-    try:
-        from gpt2rt.server.run import address, listen, run_server
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"the server needs {error.name}; install it with: pip install 'gpt2rt[serve]'") from None
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f"the server needs {', '.join(missing)}; install it with: pip install 'gpt2rt[serve]'")
     load = _loader(model, engine_settings, device)
     # taken before the model is loaded, so that a port in use shows at once
     bound = listen(settings)
     try:
-        engine = load()
+        with concurrent.futures.ThreadPoolExecutor(1, "gpt2rt imports") as thread:
+            # while the weights come from the disk
+            imported = thread.submit(importlib.import_module, "gpt2rt.server.run")
+            engine = load()
+            try:
+                run_server = imported.result().run_server
+            except BaseException:
+                engine.shutdown()
+                raise
     except BaseException:
         bound.close()
         raise

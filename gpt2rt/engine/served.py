@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpt2rt.cache import SCALED_DTYPES, PagedKVCache
-from gpt2rt.errors import RequestError
+from gpt2rt.errors import RequestError, TokenizerError
 from gpt2rt.generation.processors import as_list
 from gpt2rt.generation.reserve import new_cache
 from gpt2rt.generation.runtime import executor_for
@@ -34,6 +38,8 @@ _LOADERS = {
     "classify": "AutoModelForSequenceClassification",
     "token_classify": "AutoModelForTokenClassification",
 }
+# what a tokenizer's files may take to be found, in seconds
+_HEAD_START_S = 0.02
 
 
 class ServedModel:
@@ -41,11 +47,12 @@ class ServedModel:
 
     Args:
         model: one of gpt2rt's, in evaluation mode.
-        tokenizer: of the model, or None: then prompts are ids and outputs have no text.
+        tokenizer: gives that of the model, or None: then prompts are ids and outputs have no text.
         config: of the engine.
         name: what it is called.
 
     Attributes:
+        tokenizer: what was given.
         executor: runs its steps.
         tasks: "generate", "embed", "token_embed", "classify", "token_classify", "score": what it can do.
         eos_token_ids: its end tokens.
@@ -56,9 +63,8 @@ class ServedModel:
         ValueError: the executor cannot run it, or ``max_model_len`` is more than its positions.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: EngineConfig, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Callable[[], Any], config: EngineConfig, name: str) -> None:
         self.model = model.eval()
-        self.tokenizer = tokenizer
         self.name = name
         self.config = config
         self.executor = executor_for(model, config.executor)
@@ -76,7 +82,9 @@ class ServedModel:
         if "generate" in self.tasks:
             ends = as_list(model.generation_config.eos_token_id)
         self.eos_token_ids = frozenset(token for token in ends if token < self.vocab_size)
-        self.longest_token = _longest_token(tokenizer)
+        # where it is loaded in another thread, the weights were packed meanwhile
+        self.tokenizer = tokenizer()
+        self.longest_token = _longest_token(self.tokenizer)
 
     @classmethod
     def load(
@@ -105,13 +113,18 @@ class ServedModel:
                 raise TypeError(f"{', '.join(sorted(options))} are for loading, but the model is an object already")
             else:
                 name = getattr(model, "name_or_path", "") or type(model).__name__
-                return cls(model, _tokenizer(tokenizer), config, name)
+                loaded = _tokenizer(tokenizer)
+                return cls(model, lambda: loaded, config, name)
         hub = {key: options[key] for key in _HUB_KEYWORDS if key in options}
-        if tokenizer is None:
-            tokenizer = _tokenizer(model, **hub)
-        else:
-            tokenizer = _tokenizer(tokenizer)
-        return cls(_load(model, task, hub, options), tokenizer, config, model)
+        with concurrent.futures.ThreadPoolExecutor(1, "gpt2rt tokenizer") as thread:
+            loading = (
+                thread.submit(_tokenizer, model, **hub) if tokenizer is None else thread.submit(_tokenizer, tokenizer)
+            )
+            # what is missing shows before weights are read, and those that come from afar wait for it
+            concurrent.futures.wait([loading], _HEAD_START_S if os.path.isdir(model) else None)
+            if loading.done():
+                loading.result()
+            return cls(_load(model, task, hub, options), loading.result, config, model)
 
     @property
     def device(self) -> torch.device:
@@ -281,7 +294,12 @@ def _tokenizer(tokenizer: Any, **hub: Any) -> Any:
         return tokenizer
     from gpt2rt.tokenizers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tokenizer, **hub)
+    loaded = AutoTokenizer.from_pretrained(tokenizer, **hub)
+    # the first texts do not wait for what these make; what is wrong with its settings they will hear
+    with contextlib.suppress(TokenizerError):
+        loaded.encode("a")
+    _longest_token(loaded)
+    return loaded
 
 
 def _longest_token(tokenizer: Any) -> int:

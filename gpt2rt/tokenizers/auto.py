@@ -12,7 +12,7 @@ from gpt2rt.tokenizers.bert import BertTokenizer
 from gpt2rt.tokenizers.fast import SENTENCEPIECE_FILES, PreTrainedTokenizerFast
 from gpt2rt.tokenizers.files import bert_settings, gpt2_settings, openai_gpt_settings
 from gpt2rt.tokenizers.gpt2 import GPT2Tokenizer
-from gpt2rt.tokenizers.load import GENERIC_CLASSES, FileSource, base_name, no_files
+from gpt2rt.tokenizers.load import GENERIC_CLASSES, FileSource, base_name, collector_paused, no_files
 from gpt2rt.tokenizers.openai_gpt import OpenAIGPTTokenizer
 from gpt2rt.tokenizers.pretrained import PreTrainedTokenizerBase
 
@@ -44,6 +44,7 @@ class AutoTokenizer:
         raise OSError("AutoTokenizer is not made directly; use AutoTokenizer.from_pretrained(name)")
 
     @classmethod
+    @collector_paused()
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],

@@ -12,7 +12,7 @@ from gpt2rt.errors import TokenizerError
 from gpt2rt.tokenizers.base import CallableTokenizer
 from gpt2rt.tokenizers.chat import ChatTemplates
 from gpt2rt.tokenizers.decoding import TokenStream, clean_up, inner_bytes
-from gpt2rt.tokenizers.load import FileSource, check_class, read_settings
+from gpt2rt.tokenizers.load import FileSource, check_class, collector_paused, read_settings
 from gpt2rt.tokenizers.special import SPECIAL_TOKEN_NAMES, as_added_token
 
 if TYPE_CHECKING:
@@ -295,6 +295,7 @@ class PreTrainedTokenizerBase(PushToHub, ChatTemplates, CallableTokenizer):
         raise NotImplementedError
 
     @classmethod
+    @collector_paused()
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],

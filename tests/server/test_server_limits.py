@@ -16,8 +16,8 @@ from scripted_engine import ScriptedEngine
 
 from gpt2rt.engine.async_llm import AsyncLLM
 from gpt2rt.errors import QueueFullError
-from gpt2rt.server.run import listen
 from gpt2rt.server.settings import ServerSettings
+from gpt2rt.server.sockets import listen
 
 BODY = {"prompt": "a", "max_tokens": 2}
 

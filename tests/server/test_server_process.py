@@ -173,8 +173,9 @@ def test_the_process_ends_when_its_engine_dies():
         """
         import json, signal
         from gpt2rt.engine.async_llm import AsyncLLM
-        from gpt2rt.server.run import address, listen, run_server
+        from gpt2rt.server.run import run_server
         from gpt2rt.server.settings import ServerSettings
+        from gpt2rt.server.sockets import address, listen
 
         settings = ServerSettings(port=0, disable_uvicorn_access_log=True)
         engine = AsyncLLM("gpt2rt/tiny-gpt2", num_threads=1)

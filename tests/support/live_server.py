@@ -10,8 +10,9 @@ import time
 import httpx
 
 from gpt2rt.server.app import create_app
-from gpt2rt.server.run import Server, address, listen
+from gpt2rt.server.run import Server
 from gpt2rt.server.settings import ServerSettings
+from gpt2rt.server.sockets import address, listen
 
 
 def settings_for_tests(**changes):
