@@ -1,7 +1,7 @@
 """Does the server hold under load? Each section is a ``gpt2rt serve`` process of its own on a free port.
 
     python benchmarks/server_load.py                        # all three
-    python benchmarks/server_load.py l3 --seconds 300       # twice the requests that it can serve
+    python benchmarks/server_load.py l3 --shape 124M --threads 2 --alone 200    # twice what it can serve, for 300 s
     python benchmarks/server_load.py l4 --cycles 200        # 1000 clients that leave in 30 s, then 200 servers in turn
     python benchmarks/server_load.py l5 --book-seconds 60   # every token accounted for
     python benchmarks/server_load.py --dry                  # seconds, to see that it runs
@@ -10,8 +10,10 @@ l3: a closed loop of as many clients as the server runs and queues finds how man
 requests come at random times (Poisson), ``--factor`` times as many, whether it keeps up or not. Each is answered with
 200 and a whole stream, or at once with 503 and Retry-After. The time to the first token (TTFT) of those that were let
 in is compared with that of requests one at a time, 99th percentile with 99th percentile; both count from before the
-client connects. How long a request waits is bounded by how many may wait, so queues are short here: 16 run and 4 wait
-(--max-num-seqs, --max-num-queued-reqs). ``/health`` is asked ten times a second by a process of its own.
+client connects. How long a request waits is decided by how many may wait: here 16 run and none waits (--max-num-seqs,
+--max-num-queued-reqs). ``/health`` is asked ten times a second by a process of its own. With the embedded model, whose
+steps take 2 ms, it is clients and the server's own Python that two cores are short of; ``--shape`` serves a model of a
+real size, with random weights.
 
 l4: clients leave at random moments, from "only connected" to "after [DONE]", half of them with a reset, while others
 beside them read whole streams; memory counts once every block of the KV cache has been written. Then servers one after
@@ -38,12 +40,15 @@ import importlib.metadata
 import os
 import pathlib
 import sys
+import tempfile
 import time
 from typing import Any
 
 from common import RESULTS, describe, write_json
+from serve_start import save_tokenizer
 from server_sections import books, leaving, overload
 from server_sections.shared import Verdicts
+from shapes import SHAPES, random_checkpoint
 
 SECTIONS = {"l3": overload.run, "l4": leaving.run, "l5": books.run}
 DRY = {
@@ -64,9 +69,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="l3 l4 l5", help="default: all")
     parser.add_argument("--model", default="gpt2rt/tiny-gpt2")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="instead: a checkpoint of random weights, made now")
     parser.add_argument("--threads", type=int, default=1, help="of the server's executor (default: 1)")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="l3 (default: 16)")
-    parser.add_argument("--max-num-queued-reqs", type=int, default=4, help="l3 (default: 4)")
+    parser.add_argument("--max-num-queued-reqs", type=int, default=0, help="l3 (default: 0)")
+    parser.add_argument("--prefill-slowdown", type=float, help="l3 (default: the server's)")
     parser.add_argument("--factor", type=float, default=2.0, help="l3: times the capacity (default: 2)")
     parser.add_argument("--seconds", type=float, default=300.0, help="l3: of overload (default: 300)")
     parser.add_argument("--pilot-seconds", type=float, default=10.0, help="l3: to find the capacity (default: 10)")
@@ -91,11 +98,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.shape:
+            # the server calls itself by the folder's name
+            arguments.model = os.path.join(folder, arguments.shape)
+            random_checkpoint(SHAPES[arguments.shape], arguments.model)
+            save_tokenizer(arguments.model, SHAPES[arguments.shape]["vocab_size"])
+        return run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "machine": describe(),
         "packages": {name: importlib.metadata.version(name) for name in ("fastapi", "uvicorn", "pydantic", "h11")},
         "cores": len(os.sched_getaffinity(0)),
-        "settings": {name: value for name, value in vars(arguments).items() if name != "out"},
+        "settings": {name: value for name, value in vars(arguments).items() if name not in ("out", "model")},
         "sections": {},
     }
     name = "-".join(["server-load", *(arguments.sections if len(arguments.sections) < len(SECTIONS) else [])])

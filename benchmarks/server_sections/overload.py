@@ -41,6 +41,8 @@ async def run(arguments: argparse.Namespace, verdicts: Verdicts) -> dict[str, An
     asked = questions(3, 256, ids=False)
     queue = str(arguments.max_num_queued_reqs)
     limits = ["--max-num-seqs", str(arguments.max_num_seqs), "--max-num-queued-reqs", queue]
+    if arguments.prefill_slowdown is not None:
+        limits += ["--prefill-slowdown", str(arguments.prefill_slowdown)]
     async with ServeProcess(options(arguments, *limits)) as server:
         faults: list[str] = []
         chance = random.Random(1)

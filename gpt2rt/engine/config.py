@@ -27,7 +27,8 @@ class EngineConfig:
         gpu_memory_utilization: share of a GPU's memory that weights and KV cache may take together.
         kv_cache_dtype: "auto" (what suits the executor), float32, bfloat16, float16, int8 or float8.
         enable_prefix_caching: keep the blocks of computed prompts for later ones that begin alike.
-        max_num_queued_reqs: requests that may wait; more are refused with :class:`QueueFullError`. None: any number.
+        max_num_queued_reqs: requests that may wait; more are refused with :class:`QueueFullError`. 0: one that cannot
+            run at once is refused. None: any number.
         max_num_queued_tokens: prompt tokens that may wait; None: ``64 * max_model_len``, or any number where
             ``max_num_queued_reqs`` is None.
         limits: what one request may ask for.
@@ -71,8 +72,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is None and name != "max_num_seqs":
                 continue
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            least = 0 if name == "max_num_queued_reqs" else 1
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if type(self.num_threads) is not int or self.num_threads < 0:
             raise ValueError(f"num_threads must be an integer of at least 0, got {self.num_threads!r}; 0 chooses")
         if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**64):

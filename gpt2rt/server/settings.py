@@ -132,7 +132,7 @@ class EngineSettings:
     enable_prefix_caching: bool = option(
         True, "Keep the KV blocks of prompts for others that begin alike.", negative=True
     )
-    max_num_queued_reqs: int = option(256, "Requests that may wait; more are answered with 503.")
+    max_num_queued_reqs: int = option(256, "Requests that may wait; more are answered with 503. 0: none waits.")
     max_num_queued_tokens: int | None = option(
         None, "Prompt tokens that may wait; more are answered with 503.", show_default="64 times the context"
     )

@@ -323,6 +323,17 @@ def test_the_queue_has_an_end():
     assert len(llm.generate([[1]] * 5, params)) == 5
 
 
+def test_without_a_queue_nobody_waits():
+    llm = tiny(max_num_seqs=2, max_num_queued_reqs=0)
+    params = SamplingParams(max_tokens=2)
+    assert len(llm.generate([[1]] * 2, params)) == 2
+    with pytest.raises(QueueFullError, match="at most 0 may"):
+        llm.generate([[1]] * 3, params)
+    assert len(llm.generate([[1]] * 2, params)) == 2
+    with pytest.raises(ValueError, match="max_num_queued_reqs must be an integer of at least 0, got -1"):
+        tiny(max_num_queued_reqs=-1)
+
+
 def test_the_queue_has_an_end_in_tokens():
     llm = tiny(max_num_seqs=1, max_num_queued_reqs=100, max_num_queued_tokens=50)
     params = SamplingParams(max_tokens=2)
