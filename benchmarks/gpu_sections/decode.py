@@ -50,11 +50,11 @@ def _context(
     chain, device = executor.chain, session.device
     cache = random_cache(chain.plan, 1, context, chain.plan.dtype)
     batch = decode_batch(chain.plan, 1, context, device)
-    calls: dict[str, Callable[[int], Any]] = {"gpt2rt": ReplayedStep(chain, batch, cache, decode=True)}
+    calls: dict[str, Callable[[int], Any]] = {"gpt2rt": ReplayedStep(chain, batch, cache, decode=True, greedy=True)}
     if persistent is not None:
-        calls[PERSISTENT] = ReplayedStep(persistent, batch, cache, decode=True)
+        calls[PERSISTENT] = ReplayedStep(persistent, batch, cache, decode=True, greedy=True)
     if chain.pdl and context == 256:
-        calls["gpt2rt, no PDL"] = ReplayedStep(altered(chain, pdl=False), batch, cache, decode=True)
+        calls["gpt2rt, no PDL"] = ReplayedStep(altered(chain, pdl=False), batch, cache, decode=True, greedy=True)
     if format in DTYPES:
         calls["torch in a graph"] = TorchStep(model, 1, 1, context)
     elif format == "int4" and cuda_extension_status().loaded:

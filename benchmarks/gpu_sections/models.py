@@ -125,18 +125,22 @@ def prefill_batch(ids: Tensor, past: int, table: Tensor, *, all_logits: bool = F
 
 
 class ReplayedStep:
-    """A step of a chain on fixed inputs: ``step(0)`` launches it, logits and the first of the largest included.
+    """A step of a chain on fixed inputs: ``step(0)`` launches it, and gives the buffer of its logits.
 
     Args:
         chain: of an executor.
         batch: the inputs.
         cache: of its sequences.
         decode: one token a sequence; else prompts.
+        greedy: choose the first of the largest logits, as decode loops do; the buffer of these tokens is given instead.
     """
 
-    def __init__(self, chain: Any, batch: StepBatch, cache: PagedKVCache, *, decode: bool) -> None:
+    def __init__(
+        self, chain: Any, batch: StepBatch, cache: PagedKVCache, *, decode: bool, greedy: bool = False
+    ) -> None:
         from gpt2rt.graph.chain import Buffers, StepSize
         from gpt2rt.graph.cuda import num_splits_for
+        from gpt2rt.kernels.sampling_select import select_workspace
 
         plan = chain.plan
         seqs, tokens, rows = batch.seq_lens.numel(), batch.input_ids.numel(), batch.logits_indices.numel()
@@ -144,14 +148,19 @@ class ReplayedStep:
         self.chain, self.cache, self.max_query_len = chain, cache, batch.max_query_len
         self.buffers = Buffers(chain, StepSize(tokens, seqs, rows, cache.blocks_for(plan.n_positions), splits))
         self.buffers.load(batch)
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=plan.device)
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=plan.device) if greedy else None
+        self._maxima = select_workspace(rows, plan.vocab_size, plan.device).maxima
+        self._places = torch.zeros_like(self._maxima, dtype=torch.int32)
 
     def __call__(self, _: int = 0) -> Tensor:
-        from gpt2rt import ops
+        from gpt2rt.kernels.sampling import argmax_into_triton
 
-        self.chain.run(self.buffers, self.cache, self.max_query_len, hidden=False)
-        self.ids.copy_(ops.argmax(self.buffers.logits, finite=True))
-        return self.buffers.logits
+        chosen = self.chain.run(self.buffers, self.cache, self.max_query_len, hidden=False, chosen=self.ids)
+        if self.ids is None:
+            return self.buffers.logits
+        if not chosen:
+            argmax_into_triton(self.buffers.logits, self.ids, self._maxima, self._places, finite=True)
+        return self.ids
 
 
 def altered(chain: Any, **changes: Any) -> Any:

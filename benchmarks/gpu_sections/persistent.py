@@ -107,11 +107,13 @@ def _time(session: Session, title: str, name: str, chain: Any, context: int) -> 
     one = persistent_chain(chain)
     assert one is not None
     blocks = one.persistent.blocks
-    calls = {"gpt2rt": ReplayedStep(chain, batch, cache, decode=True)}
-    calls[LABEL] = ReplayedStep(one, batch, cache, decode=True)
+    calls = {"gpt2rt": ReplayedStep(chain, batch, cache, decode=True, greedy=True)}
+    calls[LABEL] = ReplayedStep(one, batch, cache, decode=True, greedy=True)
     for share in (2, 4):
         count = max(1, blocks // share)
-        calls[f"{LABEL}, {count} blocks"] = ReplayedStep(with_blocks(one, count), batch, cache, decode=True)
+        calls[f"{LABEL}, {count} blocks"] = ReplayedStep(
+            with_blocks(one, count), batch, cache, decode=True, greedy=True
+        )
     times, failed = session.timer(15, target_us=2000.0, max_calls=16).compare(calls)
     num_bytes = step_bytes(chain, 1, context, cache)
     session.times(

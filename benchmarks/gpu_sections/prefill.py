@@ -37,7 +37,7 @@ def _one(session: Session, name: str, format: str) -> None:
         table = torch.randperm(cache.pool.num_blocks, device=device).to(torch.int32)[None]
         ids = torch.randint(0, chain.plan.vocab_size, (length,), device=device)
         calls: dict[str, Callable[[int], Any]] = {
-            "gpt2rt": ReplayedStep(chain, prefill_batch(ids, 0, table), cache, decode=False)
+            "gpt2rt": ReplayedStep(chain, prefill_batch(ids, 0, table), cache, decode=False, greedy=True)
         }
         if format in DTYPES:
             calls["torch in a graph"] = TorchStep(model, 1, length, length)

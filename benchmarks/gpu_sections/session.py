@@ -26,6 +26,10 @@ class OutOfTime(Exception):
     """The budget of the run is spent; what was measured is on disk."""
 
 
+class DeviceLostError(Exception):
+    """The process's context on the device is broken, as an illegal address leaves it; only a new process can go on."""
+
+
 class Session:
     """Rows of results, written to ``out`` one by one.
 
@@ -84,6 +88,10 @@ class Session:
         """Since the start."""
         return time.monotonic() - self._started
 
+    def minutes_left(self) -> float:
+        """Of the budget."""
+        return max(0.0, self._deadline - time.monotonic()) / 60.0
+
     def need(self, seconds: float) -> None:
         """Raise :class:`OutOfTime` unless so much is left."""
         if not self.dry and time.monotonic() + seconds > self._deadline:
@@ -105,6 +113,8 @@ class Session:
         except Exception as error:
             entry["state"], entry["error"] = "failed", describe(error)
             print(f"section {name} failed: {entry['error']}", file=sys.stderr, flush=True)
+            if isinstance(error, DeviceLostError):
+                raise
         finally:
             entry["seconds"] = round(time.monotonic() - start, 1)
             self.write()
@@ -119,7 +129,11 @@ class Session:
         except Exception as error:
             self._add({"kind": "failed", "name": name, "ok": False, "error": describe(error)})
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                raise DeviceLostError(f"after {name}: {describe(error)}") from error
 
     # ---- rows ------------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def _one(session: Session, name: str, format: str, batch: int, context: int, mod
     }
     for label, dtype in kinds.items():
         cache = random_cache(chain.plan, batch, context, dtype)
-        calls[label] = ReplayedStep(chain, inputs, cache, decode=True)
+        calls[label] = ReplayedStep(chain, inputs, cache, decode=True, greedy=True)
         if not floor:
             floor = session.floor_us(step_bytes(chain, batch, context, cache), _operations(chain.plan, batch, context))
     if format == "float16":

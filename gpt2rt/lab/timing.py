@@ -20,6 +20,7 @@ Call = Callable[[int], Any]
 
 # threads of torch's CPU kernels spin for a while after their last work; so long nobody else is measured
 SETTLE_S = 0.02
+_FAILED: list[torch.cuda.CUDAGraph] = []
 
 
 @dataclasses.dataclass
@@ -127,10 +128,14 @@ class Timer:
 
     def _capture(self, launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(graph):
                 launches()
         except RuntimeError:
+            # torch may have left the capture's stream current, and its allocator may still ask this graph
+            torch.cuda.set_stream(before)
+            _FAILED.append(graph)
             torch.cuda.synchronize(self.device)
             return None
         return graph

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import time
 
 import gpu
@@ -59,6 +60,46 @@ def test_a_failing_section_leaves_the_others(tmp_path, capsys):
     assert not session.ok
     assert not list(tmp_path.glob("*.part"))
     assert {"commit", "packages", "device", "date"} <= written["machine"].keys()
+
+
+def test_a_lost_device_ends_its_section_and_the_others_run_in_a_new_process(tmp_path, capsys, monkeypatch):
+    def lost(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def broken(session):
+        session.check("fine", True)
+        with session.attempt("bad kernel"):
+            raise RuntimeError("launch failed")
+        raise AssertionError("not reached")
+
+    def anew(command, **options):
+        if command[0] == "git":
+            return plain(command, **options)
+        asked.append(command)
+        part = pathlib.Path(command[command.index("--out") + 1])
+        part.write_text(
+            json.dumps({"sections": {"decode": {"state": "done", "seconds": 1.0, "error": None, "rows": []}}})
+        )
+
+    asked, plain = [], gpu.subprocess.run
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr("gpu_sections.session.describe_device", lambda device: {"device": "Some GPU"})
+    monkeypatch.setattr("gpu_sections.runner", lambda name: broken)
+    monkeypatch.setattr(gpu.subprocess, "run", anew)
+    out = tmp_path / "out.json"
+    assert gpu.main(["--sections", "a,c,h", "--smallest", "--minutes", "7", "--out", str(out)]) == 1
+    (command,) = asked
+    assert command[command.index("--sections") + 1] == "decode,sanitizer"
+    assert "--smallest" in command
+    assert 6 < float(command[command.index("--minutes") + 1]) <= 7
+    sections = json.loads(out.read_text())["sections"]
+    assert sections["correctness"]["error"].startswith("DeviceLostError: after bad kernel: RuntimeError: CUDA error")
+    assert [row["name"] for row in sections["correctness"]["rows"]] == ["fine", "bad kernel"]
+    assert sections["decode"]["state"] == "done"
+    assert sections["sanitizer"]["error"] == "its process left no results"
+    assert "FAILED correctness: bad kernel" in capsys.readouterr().out
 
 
 def test_the_file_holds_every_row_as_soon_as_it_is_known(tmp_path):
