@@ -29,6 +29,7 @@ from .params import PoolingParams, RequestOutputKind, SamplingParams
 from .progress import ProgressBar
 from .request import Output, Request
 from .stats import EngineStats
+from .warmup import new_core
 
 
 class LLM(ModelHolder):
@@ -60,7 +61,7 @@ class LLM(ModelHolder):
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, task, config, options, {"max_num_queued_reqs": None})
-        self._core: EngineCore | None = EngineCore(self._served)
+        self._core: EngineCore | None = new_core(self._served)
         self._numbers = itertools.count()
         self._lock = threading.RLock()
 

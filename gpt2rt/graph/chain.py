@@ -4,10 +4,11 @@ Every launch writes into tensors made beforehand (:class:`Buffers`), so the chai
 device, and a captured graph can be replayed on new inputs. The residual stream is float32; what lies between two nodes
 has the plan's dtype; keys and values the cache's.
 
-Launches a layer, for up to 64 tokens of one query a sequence: norm + QKV + cache write; attention, split over the
-context; merge + projection + residual (two launches where there are many splits or rows); norm + product + activation;
-product + residual. More tokens: the norms are launches of their own, and attention is that of prompts. An 8-bit cache
-adds one launch, which needs whole heads at a time.
+Launches a layer, for up to 8 tokens of one query a sequence: norm + QKV + cache write; attention, split over the
+context; merge + projection + residual (two launches beyond 512 tokens of context); norm + product + activation; product
++ residual. Up to 64 tokens: the merge is a launch of its own, and so is the sum of each product that is split over K.
+More tokens: the norms are launches of their own, and attention is that of prompts. An 8-bit cache adds one launch,
+which needs whole heads at a time.
 
 Triton is imported here, so this module is imported only where it is used.
 """

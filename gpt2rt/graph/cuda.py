@@ -1,9 +1,9 @@
 """The cuda executor: a step as a chain of Triton kernels, replayed as a CUDA graph where its size has one.
 
-Steps of one token a sequence are rounded up to a batch of 1, 2, 4, ... 256 rows and to a context of 256, 1024, ...
-tokens; prompts of one sequence to 16, 32, ... 1024 tokens. The rows that fill such a batch up are padding: they have no
-cache slot and no length, and change nothing. Each of these sizes has its buffers and, for each cache, its graph. Other
-steps (several prompts at once, longer ones) are launched kernel by kernel.
+Steps of one token a sequence are rounded up to a batch of 1, 2, 4, ... 256 rows and to a context of 256, 512, 1024,
+... tokens; prompts of one sequence to 16, 32, ... 1024 tokens. The rows that fill such a batch up are padding: they
+have no cache slot and no length, and change nothing. Each of these sizes has its buffers and, for each cache, its
+graph. Other steps (several prompts at once, longer ones, more than 256 sequences) are launched kernel by kernel.
 
 Numbers: the residual stream, sums, norms, softmax and logits are float32; products of 16-bit weights are those of
 tensor cores; quantised weights are multiplied by float activations, also where the cpu executor takes int8 ones. The
@@ -43,7 +43,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 #: tokens of the prompts that have graphs
 PROMPT_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 #: splits of 64 tokens that decode steps are rounded up to; longer contexts to multiples of the last
-SPLITS = (4, 16)
+SPLITS = (4, 8, 16)
 
 
 def pdl_supported(device: torch.device) -> bool:
@@ -127,6 +127,8 @@ class CudaExecutor:
         # buffers are shared by all who call step, and so are graphs
         self.lock = threading.Lock()
         self.streams = StreamOrder(plan.device)
+        # the weights were laid out on this stream
+        self.streams.join()
 
     def _use_persistent(self) -> str:
         """Give single decode steps to the persistent kernel if that is asked for; says why not."""

@@ -10,7 +10,6 @@ Source: CUDA programming guide, "CUDA Graphs"; capture as torch.cuda.graph does 
 from __future__ import annotations
 
 import collections
-import gc
 import threading
 import warnings
 from collections.abc import Callable, Hashable
@@ -18,8 +17,12 @@ from typing import Any
 
 import torch
 
+from gpt2rt.collector import collector_paused
+
 # torch: only one capture may be under way in a process
 _ONE_CAPTURE = threading.Lock()
+# torch hands out its streams in turn: after some dozens a new one would be one that another thread launches on
+_streams: dict[torch.device, torch.cuda.Stream] = {}
 # captures in a row that may fail: a third failure is hardly chance
 _MOST_FAILURES = 3
 
@@ -91,13 +94,13 @@ class GraphStore:
     def _capture(self, launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(self._device)
-        collects = gc.isenabled()
-        # whatever the collector finds may wait for the device, which ends a capture
-        gc.disable()
         try:
-            with _ONE_CAPTURE:
+            # whatever the garbage collector finds may wait for the device, which ends a capture
+            with _ONE_CAPTURE, collector_paused():
                 torch.cuda.synchronize(self._device)
-                stream = torch.cuda.Stream(self._device)
+                stream = _streams.get(self._device)
+                if stream is None:
+                    stream = _streams[self._device] = torch.cuda.Stream(self._device)
                 if self._pool is None:
                     self._pool = torch.cuda.graph_pool_handle()
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
@@ -116,9 +119,6 @@ class GraphStore:
                 self.clear()
             warnings.warn(f"gpt2rt cannot capture {what}, which is slower: {error}", RuntimeWarning, stacklevel=4)
             return None
-        finally:
-            if collects:
-                gc.enable()
         return graph
 
     def _give_up(self, graph: torch.cuda.CUDAGraph, stream: Any) -> None:

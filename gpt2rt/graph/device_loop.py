@@ -136,12 +136,13 @@ class DeviceLoop:
         state, executor = self._state, self._executor
         grown: list[Sequence] = []
         try:
-            for sequence in self._sequences:
-                sequence.append(1)
-                grown.append(sequence)
-            longest = max(sequence.length for sequence in self._sequences)
             with executor.lock:
+                # a block that others share is copied when a sequence grows into it
                 executor.streams.join()
+                for sequence in self._sequences:
+                    sequence.append(1)
+                    grown.append(sequence)
+                longest = max(sequence.length for sequence in self._sequences)
                 state.extend_tables(self._sequences, self._launched)
                 state.run(executor, self._cache, longest, self._settings, self._launched)
         except BaseException:
@@ -185,7 +186,7 @@ class DeviceLoop:
 
 
 def warm_up_loop(executor: CudaExecutor, cache: PagedKVCache, num_rows: int) -> None:
-    """Run one step of a loop of so many rows for each usual way to choose, so that no request waits for a compiler.
+    """Run one step of a loop of so many rows for each way to choose, so that no request waits for a compiler.
 
     Args:
         executor: whose kernels and graphs are made.
@@ -198,9 +199,11 @@ def warm_up_loop(executor: CudaExecutor, cache: PagedKVCache, num_rows: int) -> 
     """
     integers, ones = [0] * num_rows, [1.0] * num_rows
     numbers = (integers, integers, integers, integers)
-    ways = [None, SamplingRows(*numbers)]
-    for settings in ({}, {"top_k": [50] * num_rows}, {"top_p": ones}, {"top_k": [50] * num_rows, "top_p": ones}):
-        ways.append(SamplingRows(*numbers, temperature=ones, **settings))
+    limits: dict[str, ListLike[float]] = {"top_k": [50] * num_rows, "top_p": ones, "min_p": [0.0] * num_rows}
+    ways: list[SamplingRows | None] = [None]
+    for chosen in itertools.product((False, True), repeat=len(limits)):
+        used = {name: values for (name, values), on in zip(limits.items(), chosen, strict=True) if on}
+        ways.append(SamplingRows(*numbers, **used))  # type: ignore[arg-type]
     loop = DeviceLoop(executor, cache, num_rows)
     sequences = [Sequence(cache) for _ in range(num_rows)]
     try:
@@ -293,6 +296,9 @@ class _State:
         settings = []
         for name, store in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
             values = getattr(sampling, name)
+            if values is None and name == "temperature":
+                # dividing by 1 changes no bit, and halves the number of kernels and graphs
+                values = [1.0] * count
             settings.append(values is not None)
             if values is not None:
                 target = self._integers[name] if name == "top_k" else self._floats[name]

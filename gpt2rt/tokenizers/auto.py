@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from gpt2rt.checkpoint.json_files import read_json_object
+from gpt2rt.collector import collector_paused
 from gpt2rt.errors import TokenizerError
 from gpt2rt.tokenizers.bert import BertTokenizer
 from gpt2rt.tokenizers.fast import SENTENCEPIECE_FILES, PreTrainedTokenizerFast
 from gpt2rt.tokenizers.files import bert_settings, gpt2_settings, openai_gpt_settings
 from gpt2rt.tokenizers.gpt2 import GPT2Tokenizer
-from gpt2rt.tokenizers.load import GENERIC_CLASSES, FileSource, base_name, collector_paused, no_files
+from gpt2rt.tokenizers.load import GENERIC_CLASSES, FileSource, base_name, no_files
 from gpt2rt.tokenizers.openai_gpt import OpenAIGPTTokenizer
 from gpt2rt.tokenizers.pretrained import PreTrainedTokenizerBase
 
@@ -43,6 +44,7 @@ class AutoTokenizer:
     def __init__(self) -> None:
         raise OSError("AutoTokenizer is not made directly; use AutoTokenizer.from_pretrained(name)")
 
+    # a vocabulary's file becomes some 100 000 lists and pairs: looking for garbage among them took half of the time
     @classmethod
     @collector_paused()
     def from_pretrained(

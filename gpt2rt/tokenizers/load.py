@@ -1,9 +1,6 @@
 """The constructor arguments of a tokenizer, collected from a checkpoint's files."""
 
-import contextlib
-import gc
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,22 +53,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "chat_template": (str, list, dict),
     "tokenizer_class": (str,),
 }
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """No garbage collection meanwhile; also a decorator.
-
-    A vocabulary's file becomes some 100 000 lists and pairs, none of which is garbage: looking for some among them took
-    more than half of the time that loading GPT-2's tokenizer took.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 class FileSource(Protocol):

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from gpt2rt.checkpoint.upload import PushToHub, upload, upload_options
+from gpt2rt.collector import collector_paused
 from gpt2rt.errors import TokenizerError
 from gpt2rt.tokenizers.base import CallableTokenizer
 from gpt2rt.tokenizers.chat import ChatTemplates
 from gpt2rt.tokenizers.decoding import TokenStream, clean_up, inner_bytes
-from gpt2rt.tokenizers.load import FileSource, check_class, collector_paused, read_settings
+from gpt2rt.tokenizers.load import FileSource, check_class, read_settings
 from gpt2rt.tokenizers.special import SPECIAL_TOKEN_NAMES, as_added_token
 
 if TYPE_CHECKING:
@@ -294,6 +295,7 @@ class PreTrainedTokenizerBase(PushToHub, ChatTemplates, CallableTokenizer):
         """
         raise NotImplementedError
 
+    # a vocabulary's file becomes some 100 000 lists and pairs: looking for garbage among them took half of the time
     @classmethod
     @collector_paused()
     def from_pretrained(

@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 
+from gpt2rt.graph import cuda_graphs
 from gpt2rt.graph.cuda_graphs import GraphStore
 
 
@@ -17,6 +18,7 @@ class Device:
         self.capturing = None
         self.error = None
         self.streams = []
+        self.captured_on = []
 
     def launch(self, name):
         (self.log if self.capturing is None else self.capturing).append(name)
@@ -25,6 +27,7 @@ class Device:
 @pytest.fixture
 def device(monkeypatch):
     device = Device()
+    device_streams = device.captured_on
 
     class Graph:
         def __init__(self):
@@ -47,7 +50,8 @@ def device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+    monkeypatch.setattr(cuda_graphs, "_streams", {})
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device_streams.append(device) or "stream")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's stream")
     monkeypatch.setattr(torch.cuda, "set_stream", device.streams.append)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -70,6 +74,9 @@ def test_a_step_runs_once_and_is_captured_then_replayed(device):
     graphs.clear()
     graphs.run("a", lambda: device.launch("a"))
     assert device.log[4:] == ["a"]
+    # all captures, of other stores too, are made on one stream
+    store().run("a", lambda: device.launch("a"))
+    assert len(device.captured_on) == 1
 
 
 def test_the_least_recently_used_is_forgotten(device):

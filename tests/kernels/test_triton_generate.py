@@ -10,7 +10,9 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from gpt2rt import GPT2Config, GPT2LMHeadModel
+from lively_model import lively_model
+
+from gpt2rt import GPT2LMHeadModel
 from gpt2rt.cache import PagedKVCache, Sequence
 from gpt2rt.errors import NumericsError
 from gpt2rt.generation.random import uniform
@@ -31,18 +33,7 @@ def poisoned_allocations():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=1, n_embd=16, n_head=1, n_positions=40, vocab_size=VOCAB, bos_token_id=0, eos_token_id=None
-    )
-    model = GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        # large enough that the likeliest token changes from step to step
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.5)
-        model.transformer.wpe.weight.normal_(std=3.0)
-    return model
+    return lively_model(n_layer=1, n_embd=16, n_head=1, n_positions=40, vocab_size=VOCAB, bos_token_id=0)
 
 
 def both(model, **options):
