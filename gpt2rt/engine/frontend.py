@@ -153,6 +153,9 @@ class Frontend:
                     "truncate_prompt_tokens"
                 )
             return 0
+        if length == limit and params.prompt_logprobs is not None and params.max_tokens == 1:
+            # a text that fills the context can be scored: its one new token is chosen and never computed
+            return 1
         if length >= limit:
             raise RequestError(
                 f"the prompt has {length} tokens, but prompt and output together have at most {limit}; shorten it or "

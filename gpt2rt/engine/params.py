@@ -110,7 +110,7 @@ class SamplingParams:
         max_tokens: the most new tokens; None: up to the end of the context.
         min_tokens: so many before an end token, a stop token or a stop string can end it.
         logprobs: log-probabilities of the token and of so many likeliest ones; 0: of the token alone; None: none.
-        prompt_logprobs: the same for the tokens of the prompt.
+        prompt_logprobs: the same for the tokens of the prompt; with ``max_tokens`` 1 it may fill the whole context.
         detokenize: make text.
         skip_special_tokens: leave special tokens out of it.
         include_stop_str_in_output: show the stop string, or the text of the stop token, that ended it.

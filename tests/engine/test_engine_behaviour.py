@@ -218,6 +218,23 @@ def test_prompt_logprobs_are_those_of_score(name):
                 assert len(entry) == len(ranks) == (2 if entry[token].rank <= 2 else 3)
 
 
+def test_a_prompt_that_fills_the_context_can_be_scored():
+    llm = tiny()
+    prompt = prompt_ids(llm.max_model_len)
+    output = llm.generate([prompt], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
+    (expected,) = llm.model.score([prompt]).token_logprobs
+    found = [entry[token].logprob for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+    assert found == pytest.approx(list(expected[1:]), abs=2e-5)
+    assert len(output.outputs[0].token_ids) == 1
+    for prompt_too_long, params in (
+        (prompt, SamplingParams(max_tokens=1)),
+        (prompt, SamplingParams(max_tokens=2, prompt_logprobs=0)),
+        ([*prompt, 1], SamplingParams(max_tokens=1, prompt_logprobs=0)),
+    ):
+        with pytest.raises(RequestError, match="prompt and output together have at most 512"):
+            llm.generate([prompt_too_long], params)
+
+
 def test_prompt_logprobs_take_nothing_from_the_prefix_cache(llm):
     prompt = prompt_ids(60)
     plain = llm.generate([prompt], SamplingParams(max_tokens=3, **GREEDY))[0]

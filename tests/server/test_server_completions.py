@@ -320,6 +320,15 @@ def test_echo_without_new_tokens(api):
     assert complete(api, prompt=[5, 6], echo=True, max_tokens=0)["choices"][0]["text"] == "&'"
 
 
+def test_echo_of_a_prompt_that_fills_the_context(api):
+    ids = [5 + number % 1000 for number in range(512)]
+    answer = complete(api, prompt=ids, echo=True, logprobs=0, max_tokens=0)
+    assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == 512
+    assert answer["usage"] == {"prompt_tokens": 512, "total_tokens": 512, "completion_tokens": 0} | {
+        name: value for name, value in answer["usage"].items() if name.endswith("details")
+    }
+
+
 def test_guidellms_requests(api):
     """A stream that goes on for exactly so many tokens, with running counts."""
     body = {"prompt": "ROMEO:", "max_tokens": 20, "ignore_eos": True, "stream": True}
