@@ -69,7 +69,8 @@ def warm_up(core: EngineCore) -> None:
     most = min(config.max_num_seqs, core.cache.pool.num_free, BATCH_SIZES[-1])
     rows = [*(size for size in BATCH_SIZES if size < most), most]
     lengths = [length for length in PROMPT_LENGTHS if length <= config.step_tokens]
-    executor.warm_up(core.cache, batch_sizes=rows, prompt_lengths=lengths)
+    # the engine has no decode loops: their graphs would push those of its steps out
+    executor.warm_up(core.cache, batch_sizes=rows, prompt_lengths=lengths, loops=False)
 
 
 def _run_each_kind(served: ServedModel) -> None:

@@ -258,6 +258,7 @@ class CudaExecutor:
         *,
         batch_sizes: Iterable[int] = BATCH_SIZES[:4],
         prompt_lengths: Iterable[int] = PROMPT_LENGTHS,
+        loops: bool = True,
     ) -> int:
         """Compile every kernel and capture every graph for these sizes, so that no request waits for that.
 
@@ -268,6 +269,7 @@ class CudaExecutor:
             cache: whose graphs are captured; only free blocks of it are written, one a row.
             batch_sizes: rows of decode steps, rounded up to ``BATCH_SIZES``.
             prompt_lengths: tokens of prompts of one sequence, rounded up to ``PROMPT_LENGTHS``.
+            loops: also the decode loops of ``generate``, which have a graph for each way to choose tokens.
 
         Returns:
             How many sizes were run.
@@ -293,7 +295,7 @@ class CudaExecutor:
                 sizes.append((1, length, length))
         for rows, queries, context in sizes:
             self.step(_padding(rows, queries, context, cache, self.plan.device), cache)
-        if self.chain.has_head:
+        if loops and self.chain.has_head:
             for rows in batch_sizes:
                 warm_up_loop(self, cache, min(rows, BATCH_SIZES[-1]))
         return len(sizes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence as ListLike
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -199,11 +200,11 @@ def warm_up_loop(executor: CudaExecutor, cache: PagedKVCache, num_rows: int) -> 
     """
     integers, ones = [0] * num_rows, [1.0] * num_rows
     numbers = (integers, integers, integers, integers)
-    limits: dict[str, ListLike[float]] = {"top_k": [50] * num_rows, "top_p": ones, "min_p": [0.0] * num_rows}
+    limits: dict[str, Any] = {"top_k": [50] * num_rows, "top_p": ones, "min_p": [0.0] * num_rows}
     ways: list[SamplingRows | None] = [None]
     for chosen in itertools.product((False, True), repeat=len(limits)):
         used = {name: values for (name, values), on in zip(limits.items(), chosen, strict=True) if on}
-        ways.append(SamplingRows(*numbers, **used))  # type: ignore[arg-type]
+        ways.append(SamplingRows(*numbers, **used))
     loop = DeviceLoop(executor, cache, num_rows)
     sequences = [Sequence(cache) for _ in range(num_rows)]
     try:

@@ -62,6 +62,7 @@ def test_sizes_of_steps(monkeypatch):
         "cache": llm.core.cache,
         "batch_sizes": [1, 2, 4, 8, 12],
         "prompt_lengths": [16, 32, 64],
+        "loops": False,
     }
 
 

@@ -40,7 +40,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from gpt2rt.kernels import launch as launching  # noqa: E402
+from gpt2rt.kernels import launch as launching  # noqa: E402  (found by the path that is set above)
 
 # bytes of shared memory that a block may opt in to (CUDA C++ programming guide, technical specifications)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
