@@ -38,18 +38,16 @@ class Item:
 
 
 class StepBuffers:
-    """Lays steps out in tensors that are written through numpy, where a store costs a tenth of a tensor operation.
+    """Lays steps out in the host's memory, through numpy, where a store costs a tenth of a tensor operation.
 
     Args:
         max_tokens: the most tokens of a step.
         max_seqs: the most branches.
         max_blocks: the most blocks of a branch.
-        device: of the executor.
     """
 
-    def __init__(self, max_tokens: int, max_seqs: int, max_blocks: int, device: torch.device) -> None:
-        self._device = device
-        self._host = {
+    def __init__(self, max_tokens: int, max_seqs: int, max_blocks: int) -> None:
+        self._tensors = {
             "input_ids": torch.zeros(max_tokens, dtype=torch.int64),
             "position_ids": torch.zeros(max_tokens, dtype=torch.int64),
             "slot_mapping": torch.zeros(max_tokens, dtype=torch.int64),
@@ -58,9 +56,7 @@ class StepBuffers:
             "seq_lens": torch.zeros(max_seqs, dtype=torch.int32),
             "block_table": torch.zeros((max_seqs, max_blocks), dtype=torch.int32),
         }
-        self._arrays = {name: tensor.numpy() for name, tensor in self._host.items()}
-        on_host = device.type == "cpu"
-        self._tensors = {name: t if on_host else t.to(device) for name, t in self._host.items()}
+        self._arrays = {name: tensor.numpy() for name, tensor in self._tensors.items()}
         self._counting = torch.arange(max(max_tokens, max_blocks * 2), dtype=torch.int64).numpy()
         # whose block table stands in each row, and how many blocks of it
         self._owners: list[Sequence | None] = [None] * max_seqs
@@ -69,7 +65,7 @@ class StepBuffers:
         self._views: dict[tuple[int, int, int], StepBatch] = {}
 
     def lay_out(self, items: ListLike[Item]) -> StepBatch:
-        """The batch of a step; valid until the next call.
+        """The batch of a step, on the CPU; valid until the next call.
 
         Args:
             items: at least one; their slots are reserved.
@@ -104,8 +100,6 @@ class StepBuffers:
             longest = max(longest, stop)
             most = max(most, count)
         batch = self._view(token, len(items), logit)
-        if self._device.type != "cpu":
-            self._upload(token, len(items), logit)
         batch.max_seq_len, batch.max_query_len = longest, most
         return batch
 
@@ -136,13 +130,6 @@ class StepBuffers:
             views = {name: tensor[: sizes.get(name, tokens)] for name, tensor in self._tensors.items()}
             batch = self._views[key] = StepBatch(**views, max_query_len=0, max_seq_len=0)
         return batch
-
-    def _upload(self, tokens: int, seqs: int, logits: int) -> None:
-        sizes = {"query_start_loc": seqs + 1, "seq_lens": seqs, "block_table": seqs, "logits_indices": logits}
-        for name, tensor in self._tensors.items():
-            # not asynchronous: the next step writes over what is copied
-            count = sizes.get(name, tokens)
-            tensor[:count].copy_(self._host[name][:count])
 
     def forget(self) -> None:
         """Write whole tables at the next step: a sequence has lost blocks since the last."""

@@ -62,7 +62,7 @@ class EngineCore:
             pacer=self._pacer,
         )
         max_blocks = self.cache.blocks_for(served.max_model_len)
-        buffers = StepBuffers(config.step_tokens, config.max_num_seqs, max_blocks, served.device)
+        buffers = StepBuffers(config.step_tokens, config.max_num_seqs, max_blocks)
         self._runner = StepRunner(
             served.executor, self.cache, buffers, lambda item, error: self._fail(item.branch.request, error)
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpt2rt import ops
 from gpt2rt.errors import NumericsError
+from gpt2rt.graph.transfer import fetch, to_device
 
 from .outputs import Logprob
 
@@ -32,12 +33,21 @@ def entries(logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> list[En
         logits for the token, 1, 2, 3, ... for the likeliest (of equal ones the lowest id first). None for a row whose
         logits hold NaN or plus infinity.
     """
-    k = max(counts, default=0)
-    chosen, ranks, best, best_ids = ops.log_probabilities(logits, token_ids, k)
-    columns = zip(
-        token_ids.tolist(), chosen.tolist(), ranks.tolist(), best.tolist(), best_ids.tolist(), counts, strict=True
-    )
+    known = ops.log_probabilities(logits, token_ids, max(counts, default=0))
+    ids, *found = fetch(token_ids, *known)
+    return entries_of(ids, found, counts)
+
+
+def entries_of(token_ids: Sequence[int], found: Sequence[Sequence[Any]], counts: Sequence[int]) -> list[Entry | None]:
+    """As :func:`entries`, from what ``ops.log_probabilities`` gave for at least as many of the likeliest tokens.
+
+    Args:
+        token_ids: [num_rows], the tokens that it was asked for.
+        found: its four results as lists.
+        counts: for each row how many of the likeliest tokens.
+    """
     result: list[Entry | None] = []
+    columns = zip(token_ids, *found, counts, strict=True)
     for token, value, rank, values, ids, count in columns:
         if rank < 0:
             result.append(None)
@@ -64,7 +74,7 @@ def prompt_logprobs(logits: Tensor, next_ids: Sequence[int], k: int) -> list[Ent
     Raises:
         NumericsError: the logits of a row hold NaN or infinity.
     """
-    ids = torch.tensor(next_ids, dtype=torch.int64, device=logits.device)
+    ids = to_device(next_ids, torch.int64, logits.device)
     known: list[Entry] = []
     for place, entry in enumerate(entries(logits, ids, [k] * len(next_ids))):
         if entry is None:

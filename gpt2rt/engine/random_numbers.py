@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt2rt import ops
+from gpt2rt.graph.transfer import to_device
 
 if TYPE_CHECKING:
     from .sampler import SamplingRow
@@ -32,7 +33,7 @@ class RandomNumbers:
         seeds, requests, choices = ([getattr(row, name) for row in rows] for name in ("seed", "request", "choice"))
         self._keys = self._tensor(seeds), self._tensor(requests), self._tensor(choices)
         greedy = [row.params.greedy for row in rows]
-        self._zero = torch.tensor(greedy, device=self._device) if any(greedy) else None
+        self._zero = to_device(greedy, torch.bool, self._device) if any(greedy) else None
 
     def draw(self) -> Tensor:
         """[len(rows)] float64 from 0 to below 1: of the next token of each row."""
@@ -41,4 +42,4 @@ class RandomNumbers:
         return numbers if self._zero is None else numbers.masked_fill_(self._zero, 0.0)
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return to_device(values, torch.int64, self._device)

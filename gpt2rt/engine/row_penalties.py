@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt2rt import ops
+from gpt2rt.graph.transfer import to_device
 
 if TYPE_CHECKING:
     from .sampler import SamplingRow
@@ -155,7 +156,7 @@ class DevicePenalties:
         for name, off in (("repetition", 1.0), ("frequency", 0.0), ("presence", 0.0)):
             values = [getattr(row.params, name + "_penalty") for row in rows]
             active = any(value != off for value in values)
-            factors[name] = torch.tensor(values, dtype=torch.float64, device=self._device) if active else None
+            factors[name] = to_device(values, torch.float64, self._device) if active else None
         return ops.penalties(scores, self._counts, self._tensor([row.slot for row in rows]), **factors)
 
     def _count(self, rows: Sequence[SamplingRow]) -> None:
@@ -207,4 +208,4 @@ class DevicePenalties:
         self._free.extend(range(new - 1, old - 1, -1))
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return to_device(values, torch.int64, self._device)

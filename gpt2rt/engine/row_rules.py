@@ -62,12 +62,17 @@ class RowRules:
         if device.type == "cpu" or not self._on_host:
             return
         if self._bias is not None:
-            self._bias = self._bias[0].to(device), self._bias[1].to(device)
+            self._bias = _sent(self._bias[0], device), _sent(self._bias[1], device)
         for name in ("_allowed", "_banned", "_ends"):
             ids = getattr(self, name)
             if ids is not None:
-                setattr(self, name, ids.to(device))
+                setattr(self, name, _sent(ids, device))
         self._on_host = False
+
+    @property
+    def has_processors(self) -> bool:
+        """Whether code of the caller looks at the scores."""
+        return bool(self._processors)
 
     def add_bias(self, scores: Tensor) -> None:
         """Add the biases to one row of scores, [vocab_size] float32: before penalties, as in vLLM and ``generate``."""
@@ -112,6 +117,11 @@ def make_rules(params: SamplingParams, eos_token_ids: Iterable[int], tokenizer: 
 
 def _ids(ids: Iterable[int]) -> Tensor:
     return torch.tensor(list(ids), dtype=torch.int64)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """On a device, without a wait for it."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 def _as_called(processor: LogitsProcessor) -> Callable[[Tensor, Sequence[int], Sequence[int]], None]:

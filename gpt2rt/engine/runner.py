@@ -13,6 +13,7 @@ from torch import Tensor
 from gpt2rt.cache import PagedKVCache
 from gpt2rt.graph import Executor, StepBatch, StepOutput
 from gpt2rt.graph.cpu import CpuExecutor
+from gpt2rt.graph.transfer import to_device
 
 from .batch import Item, StepBuffers
 from .request import Branch
@@ -168,5 +169,4 @@ def logits_of(rows: list[Row], groups: list[Group]) -> Tensor:
         parts.append(logits)
         first += logits.size(0)
     logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-    index = torch.tensor([places[id(row.item)] for row in rows], dtype=torch.int64, device=logits.device)
-    return logits[index]
+    return logits[to_device([places[id(row.item)] for row in rows], torch.int64, logits.device)]

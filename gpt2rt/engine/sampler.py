@@ -18,6 +18,7 @@ from torch import Tensor
 from gpt2rt import ops
 from gpt2rt.errors import NumericsError, RequestError
 from gpt2rt.generation.sampling import quiet_threads
+from gpt2rt.graph.transfer import fetch, to_device
 
 from . import logprobs
 from .params import SamplingParams
@@ -140,6 +141,8 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = torch.device(device)
         on_host = self._device.type == "cpu"
+        # reading a number waits for the device
+        self._waits = self._device.type == "cuda"
         self._penalties = HostPenalties() if on_host else DevicePenalties(vocab_size, self._device)
         self._numbers = RandomNumbers(self._device)
         self._rows: list[SamplingRow] = []
@@ -149,6 +152,7 @@ class Sampler:
         self._plain: _Group | None = None
         self._edited: _Group | None = None
         self._asked: list[int] = []
+        self._asked_index: Tensor | None = None
         self._draws = False
         self.best_count = 0
 
@@ -176,6 +180,8 @@ class Sampler:
         for place, row in enumerate(rows):
             (plain if row.plain() else edited).append(place)
         self._asked = [place for place, row in enumerate(rows) if row.params.logprobs is not None]
+        every = len(self._asked) in (0, count)
+        self._asked_index = None if every else to_device(self._asked, torch.int64, self._device)
         self._plain = self._group(plain) if plain else None
         self._edited = self._group(edited) if edited else None
         self._penalties.open([rows[place] for place in edited if rows[place].penalised])
@@ -202,7 +208,9 @@ class Sampler:
         """A column of the rows, or of some of them, as a tensor where the logits are."""
         column = self._columns[name]
         column = column[: len(self._rows)].copy() if places is None else column[places]
-        return torch.from_numpy(column).to(self._device)
+        values = torch.from_numpy(column)
+        on_gpu = self._device.type == "cuda"
+        return (values.pin_memory() if on_gpu else values).to(self._device, non_blocking=on_gpu)
 
     def _group(self, places: list[int]) -> _Group:
         every = len(places) == len(self._rows)
@@ -212,7 +220,7 @@ class Sampler:
             for name, off in _OFF.items():
                 active = bool((self._columns[name][places] != off).any())
                 settings[name] = self._column(name, None if every else places) if active else None
-        index = None if every else torch.tensor(places, dtype=torch.int64, device=self._device)
+        index = None if every else to_device(places, torch.int64, self._device)
         return _Group(places, index, settings if draws else None)
 
     def _count_best(self) -> int:
@@ -228,43 +236,69 @@ class Sampler:
         count = int(top_k.max()) + _SPARE
         return count if count <= ops.MAX_TOP and _WORTHWHILE * count <= self._vocab_size else 0
 
-    def sample(self, logits: Tensor) -> Sampled:
-        """Choose the next token of each row.
+    def sample(self, logits: Tensor, *, careful: bool = False) -> Sampled:
+        """Choose the next token of each row; on a GPU with one wait, or two where a caller's processor sees scores.
 
         Args:
             logits: [len(rows), vocab_size] float32, rows contiguous; may be overwritten.
+            careful: look at the logits before they are changed, at the price of a second wait on a GPU.
+
+        Raises:
+            NumericsError: logits of a row that is changed hold NaN or infinity, which is found too late to say whose
+                fault it is; never if ``careful``.
         """
         numbers = self._numbers.draw() if self._draws else None
         plain = self._plain
         if plain is not None and plain.index is None and not self._asked:
-            tokens = plain.choose(logits, numbers, finite=True)
+            (tokens,) = fetch(plain.choose(logits, numbers, finite=True))
             errors: dict[int, Exception] = {}
             if -1 in tokens:
                 errors = {place: _bad_logits(logits[place]) for place, token in enumerate(tokens) if token < 0}
             return Sampled(tokens, errors, {})
         with quiet_threads(logits):
-            return self._sample_groups(logits, numbers)
+            return self._sample_groups(logits, numbers, careful)
 
-    def _sample_groups(self, logits: Tensor, numbers: Tensor | None) -> Sampled:
+    def _sample_groups(self, logits: Tensor, numbers: Tensor | None, careful: bool) -> Sampled:
         """As :meth:`sample`, with any rows."""
-        tokens = [-1] * len(self._rows)
         errors: dict[int, Exception] = {}
-        if self._edited is not None:
-            group = self._edited
+        edited, plain = self._edited, self._plain
+        # of rows that are changed: -1 says that some logit is not finite, before a rule can hide it
+        fine: Tensor | None = None
+        chosen: list[tuple[_Group, Tensor]] = []
+        if edited is not None:
             # log-probabilities are those of the logits as they came
-            scores = group.pick(logits) if group.index is not None or not self._asked else logits.clone()
-            scores = self._edit(scores, group, errors)
-            for place, token in zip(group.places, group.choose(scores, numbers, finite=False), strict=True):
+            scores = edited.pick(logits) if edited.index is not None or not self._asked else logits.clone()
+            fine = ops.argmax(scores, finite=True)
+            if careful or not self._waits or self._has_processors(edited):
+                for place, row, best in zip(edited.places, scores, fetch(fine)[0], strict=True):
+                    if best < 0:
+                        errors[place] = _bad_logits(row)
+                fine = None
+            scores = self._edit(scores, edited, errors)
+            chosen.append((edited, edited.choose(scores, numbers, finite=False)))
+        if plain is not None:
+            chosen.append((plain, plain.choose(plain.pick(logits), numbers, finite=True)))
+        wanted = [ids for _, ids in chosen]
+        if self._asked:
+            wanted += self._logprobs(logits, chosen)
+        found = fetch(*wanted, *(() if fine is None else (fine,)))
+        if fine is not None and -1 in found[-1]:
+            raise NumericsError("logits of a row with rules or penalties hold NaN or infinity")
+        tokens = [-1] * len(self._rows)
+        for (group, _), ids in zip(chosen, found, strict=False):
+            for place, token in zip(group.places, ids, strict=True):
                 if place not in errors:
                     tokens[place] = token
+        if edited is not None:
             self._explain_edited(scores, tokens, errors)
-        if self._plain is not None:
-            group = self._plain
-            for place, token in zip(group.places, group.choose(group.pick(logits), numbers, finite=True), strict=True):
-                tokens[place] = token
-                if token < 0:
-                    errors[place] = _bad_logits(logits[place])
-        return Sampled(tokens, errors, self._logprobs(logits, tokens) if self._asked else {})
+        if plain is not None:
+            errors.update({place: _bad_logits(logits[place]) for place in plain.places if tokens[place] < 0})
+        if not self._asked:
+            return Sampled(tokens, errors, {})
+        counts = [self._rows[place].params.logprobs or 0 for place in self._asked]
+        asked = [tokens[place] for place in self._asked]
+        known = zip(self._asked, logprobs.entries_of(asked, found[len(chosen) : len(chosen) + 4], counts), strict=True)
+        return Sampled(tokens, errors, {place: entry for place, entry in known if entry and tokens[place] >= 0})
 
     def sample_best(self, ids: Tensor, logits: Tensor) -> Sampled | None:
         """As :meth:`sample`, from the best logits of each row, where ``best_count`` is not 0.
@@ -278,12 +312,12 @@ class Sampler:
         """
         assert self._plain is not None
         if self._plain.settings is None:
-            tokens = ids[:, 0].tolist()
+            (tokens,) = fetch(ids[:, 0])
         else:
             numbers = self._numbers.draw()
-            tokens = ops.sample(
-                logits, numbers, token_ids=ids, partial=True, finite=True, **self._plain.settings
-            ).tolist()
+            (tokens,) = fetch(
+                ops.sample(logits, numbers, token_ids=ids, partial=True, finite=True, **self._plain.settings)
+            )
         return None if -1 in tokens else Sampled(tokens, {}, {})
 
     def release(self, row: SamplingRow) -> None:
@@ -293,12 +327,8 @@ class Sampler:
     def _edit(self, scores: Tensor, group: _Group, errors: dict[int, Exception]) -> Tensor:
         """The scores of a group after the rules of its rows; those at fault are in ``errors``."""
         rows = [self._rows[place] for place in group.places]
-        # finite: -1 says that some logit of the row is not, before a rule can hide it
-        fine = ops.argmax(scores, finite=True).tolist()
-        for place, row, scores_of_row, best in zip(group.places, rows, scores, fine, strict=True):
-            if best < 0:
-                errors[place] = _bad_logits(scores_of_row)
-            elif row.rules is not None:
+        for place, row, scores_of_row in zip(group.places, rows, scores, strict=True):
+            if row.rules is not None and place not in errors:
                 row.rules.add_bias(scores_of_row)
         if any(row.penalised for row in rows):
             scores = self._penalties.penalised(scores, rows)
@@ -328,15 +358,22 @@ class Sampler:
                     f"the scores hold {largest} after penalties, processors and temperature, expected finite numbers"
                 )
 
-    def _logprobs(self, logits: Tensor, tokens: list[int]) -> dict[int, logprobs.Entry]:
-        """The log-probabilities of the rows that asked for them and have a token."""
-        asked = self._asked
-        if len(asked) < len(tokens):
-            logits = logits.index_select(0, torch.tensor(asked, dtype=torch.int64, device=self._device))
-        ids = torch.tensor([tokens[place] for place in asked], dtype=torch.int64, device=self._device)
-        counts = [self._rows[place].params.logprobs or 0 for place in asked]
-        known = zip(asked, logprobs.entries(logits, ids, counts), strict=True)
-        return {place: entry for place, entry in known if entry is not None}
+    def _logprobs(self, logits: Tensor, chosen: list[tuple[_Group, Tensor]]) -> tuple[Tensor, ...]:
+        """What ``ops.log_probabilities`` says of the rows that asked and of their tokens."""
+        ids = chosen[0][1]
+        if len(chosen) > 1:
+            ids = torch.empty(len(self._rows), dtype=torch.int64, device=logits.device)
+            for group, tokens in chosen:
+                assert group.index is not None
+                ids.index_copy_(0, group.index, tokens)
+        if self._asked_index is not None:
+            logits, ids = logits.index_select(0, self._asked_index), ids.index_select(0, self._asked_index)
+        return ops.log_probabilities(logits, ids, max(self._rows[place].params.logprobs or 0 for place in self._asked))
+
+    def _has_processors(self, group: _Group) -> bool:
+        """Whether code of a caller looks at the scores of a row of the group."""
+        rules = (self._rows[place].rules for place in group.places)
+        return any(own is not None and own.has_processors for own in rules)
 
 
 @dataclasses.dataclass(slots=True)
@@ -357,8 +394,8 @@ class _Group:
         """Of something for each row of the step that for each row of the group: a copy unless they are the same."""
         return values if self.index is None else values.index_select(0, self.index)
 
-    def choose(self, scores: Tensor, numbers: Tensor | None, *, finite: bool) -> list[int]:
-        """The token of each row of the group, -1 without one.
+    def choose(self, scores: Tensor, numbers: Tensor | None, *, finite: bool) -> Tensor:
+        """[len(places)] int64: the token of each row of the group, -1 without one.
 
         Args:
             scores: [len(places), vocab_size] float32.
@@ -366,9 +403,9 @@ class _Group:
             finite: no score may be infinite.
         """
         if self.settings is None:
-            return ops.argmax(scores, finite=finite).tolist()
+            return ops.argmax(scores, finite=finite)
         assert numbers is not None
-        return ops.sample(scores, self.pick(numbers), finite=finite, **self.settings).tolist()
+        return ops.sample(scores, self.pick(numbers), finite=finite, **self.settings)
 
 
 def _bad_logits(logits: Tensor) -> NumericsError:

@@ -88,7 +88,7 @@ class StepSampler:
                 self._sampler.release(own)
                 self._rows = []
                 self._prepare([row])
-                alone = self._sampler.sample(self._runner.last_logits(row.item))
+                alone = self._sampler.sample(self._runner.last_logits(row.item), careful=True)
             except Exception as error:
                 sampled.errors[place] = error
                 continue

@@ -58,23 +58,19 @@ class DecodeBatch:
     Args:
         max_seqs: the most sequences in a step.
         max_blocks: the most blocks that one of them will have.
-        device: where the model is.
     """
 
-    def __init__(self, max_seqs: int, max_blocks: int, device: torch.device) -> None:
-        self._device = device
-        self._host: dict[str, Any] = {
+    def __init__(self, max_seqs: int, max_blocks: int) -> None:
+        self._tensors: dict[str, Any] = {
             "input_ids": torch.zeros(max_seqs, dtype=torch.int64),
             "position_ids": torch.zeros(max_seqs, dtype=torch.int64),
             "slot_mapping": torch.zeros(max_seqs, dtype=torch.int64),
             "seq_lens": torch.zeros(max_seqs, dtype=torch.int32),
             "block_table": torch.zeros((max_seqs, max_blocks), dtype=torch.int32),
         }
-        self._arrays = {name: tensor.numpy() for name, tensor in self._host.items()}
-        on_host = device.type == "cpu"
-        self._tensors = {name: t if on_host else t.to(device) for name, t in self._host.items()}
-        self._starts = torch.arange(max_seqs + 1, dtype=torch.int32, device=device)
-        self._rows = torch.arange(max_seqs, dtype=torch.int64, device=device)
+        self._arrays = {name: tensor.numpy() for name, tensor in self._tensors.items()}
+        self._starts = torch.arange(max_seqs + 1, dtype=torch.int32)
+        self._rows = torch.arange(max_seqs, dtype=torch.int64)
         self._sequences: ListLike[Sequence] = ()
         self._batch: StepBatch | None = None
 
@@ -101,7 +97,7 @@ class DecodeBatch:
             tokens: the id for each sequence.
 
         Returns:
-            A batch that is valid until the next call.
+            A batch on the CPU that is valid until the next call.
 
         Raises:
             OutOfBlocksError: the pool is empty.
@@ -120,10 +116,6 @@ class DecodeBatch:
             # the last block is new, or was copied because a fork shared it, or is the one that stands there
             table[row, len(sequence.blocks) - 1] = sequence.blocks[-1]
             longest = max(longest, length)
-        if self._device.type != "cpu":
-            for name, tensor in self._tensors.items():
-                # not asynchronous: the next step writes over what is copied
-                tensor.copy_(self._host[name])
         self._batch.max_seq_len = longest
         return self._batch
 
@@ -282,7 +274,7 @@ class CachedRows:
     def _next_batch(self, tokens: ListLike[int], rows: list[int]) -> StepBatch:
         if self._batch is None:
             max_blocks = self.cache.blocks_for(max(self._max_tokens))
-            self._batch = DecodeBatch(len(self.sequences), max_blocks, self._device)
+            self._batch = DecodeBatch(len(self.sequences), max_blocks)
         if self._batch_rows != rows:
             self._batch.set_sequences([self.sequence(row) for row in rows])
             self._batch_rows = list(rows)

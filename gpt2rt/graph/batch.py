@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence as ListLike
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,13 @@ class StepBatch:
     logits_indices: Tensor
     max_query_len: int
     max_seq_len: int
+
+    def to(self, device: torch.device) -> StepBatch:
+        """The same on a device; itself, if it is there."""
+        if self.input_ids.device == device:
+            return self
+        tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **tensors)
 
     @classmethod
     def build(

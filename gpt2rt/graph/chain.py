@@ -36,6 +36,7 @@ from gpt2rt.kernels.write_kv import write_kv_triton
 from gpt2rt.quantization import QuantizedWeight
 
 from .batch import StepBatch
+from .inputs import StepInputs, StepSize
 from .persistent import PersistentStep
 from .plan import (
     Attention,
@@ -84,29 +85,6 @@ def unsupported(plan: Plan) -> str:
     return ""
 
 
-@dataclasses.dataclass(frozen=True)
-class StepSize:
-    """What the buffers of a step have room for.
-
-    Attributes:
-        num_tokens: rows of the residual stream.
-        num_seqs: sequences.
-        num_logits: rows whose logits are computed.
-        max_blocks: columns of the block table.
-        num_splits: splits of the context, when each sequence computes one token; 0: any number of tokens each.
-    """
-
-    num_tokens: int
-    num_seqs: int
-    num_logits: int
-    max_blocks: int
-    num_splits: int
-
-    def like(self, other: StepSize) -> bool:
-        """Whether both are decode steps of one size, over contexts of any."""
-        return self.num_splits > 0 and dataclasses.replace(other, num_splits=self.num_splits) == self
-
-
 class Buffers:
     """What a step reads and writes besides weights and cache.
 
@@ -126,6 +104,14 @@ class Buffers:
         best: [num_logits] float32, the largest logits of a step whose tokens are chosen as they are computed.
     """
 
+    input_ids: Tensor
+    position_ids: Tensor
+    slot_mapping: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    block_table: Tensor
+    logits_indices: Tensor
+
     # what is made under a caller's inference mode could not be written outside of it
     @torch.inference_mode(False)
     def __init__(self, chain: Chain, size: StepSize, other: Buffers | None = None) -> None:
@@ -143,14 +129,12 @@ class Buffers:
         self.lse = new(seqs, plan.n_head, size.num_splits, dtype=torch.float32)
         if other is not None:
             return
-        self.input_ids, self.position_ids = (new(tokens, dtype=torch.int64) for _ in range(2))
-        self.slot_mapping = new(tokens, dtype=torch.int64).fill_(-1)
-        self.seq_lens = new(seqs, dtype=torch.int32)
-        self.query_start_loc = new(seqs + 1, dtype=torch.int32)
-        self.block_table = new(seqs, size.max_blocks, dtype=torch.int32)
-        self.logits_indices = torch.arange(size.num_logits, dtype=torch.int64, device=device)
+        self._inputs = StepInputs(size, device)
+        self.__dict__.update(self._inputs.tensors)
+        self.slot_mapping.fill_(-1)
         if size.num_splits:
-            self.query_start_loc.copy_(torch.arange(seqs + 1, dtype=torch.int32))
+            self.query_start_loc = torch.arange(seqs + 1, dtype=torch.int32, device=device)
+            self.logits_indices = torch.arange(size.num_logits, dtype=torch.int64, device=device)
         self.x = new(tokens, plan.n_embd, dtype=torch.float32)
         self.normed = new(tokens if tokens > MAX_FUSED_NORM else 0, plan.n_embd, dtype=plan.dtype)
         self.qkv = new(tokens, 3 * wide, dtype=plan.dtype)
@@ -165,24 +149,7 @@ class Buffers:
 
     def load(self, batch: StepBatch) -> None:
         """Take a batch over; what it does not fill becomes padding, which is computed and changes nothing."""
-        tokens, seqs, logits = batch.input_ids.numel(), batch.seq_lens.numel(), batch.logits_indices.numel()
-        columns = min(batch.block_table.size(1), self.size.max_blocks)
-        self.input_ids[:tokens].copy_(batch.input_ids)
-        self.position_ids[:tokens].copy_(batch.position_ids)
-        self.slot_mapping[:tokens].copy_(batch.slot_mapping)
-        self.seq_lens[:seqs].copy_(batch.seq_lens)
-        self.block_table[:seqs, :columns].copy_(batch.block_table[:, :columns])
-        if tokens < self.size.num_tokens:
-            self.input_ids[tokens:].zero_()
-            self.position_ids[tokens:].zero_()
-            self.slot_mapping[tokens:].fill_(-1)
-        if seqs < self.size.num_seqs:
-            self.seq_lens[seqs:].zero_()
-        if not self.size.num_splits:
-            self.query_start_loc[: seqs + 1].copy_(batch.query_start_loc)
-            self.query_start_loc[seqs + 1 :].fill_(tokens)
-            self.logits_indices[:logits].copy_(batch.logits_indices)
-            self.logits_indices[logits:].zero_()
+        self._inputs.load(batch)
 
 
 @dataclasses.dataclass(frozen=True)

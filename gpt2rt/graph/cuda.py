@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,9 +29,10 @@ from gpt2rt.cache import PagedKVCache
 from gpt2rt.ops.cuda_extension import use_cuda_rows, use_persistent_decode
 
 from .batch import StepBatch, StepOutput
-from .chain import KERNEL_ACTIVATIONS, SPLIT, Buffers, Chain, StepSize, unsupported
+from .chain import KERNEL_ACTIVATIONS, SPLIT, Buffers, Chain, unsupported
 from .cuda_graphs import GraphStore
 from .executor import check_step
+from .inputs import StepSize
 from .persistent import PersistentStep
 from .persistent import unsupported as persistent_unsupported
 from .plan import Plan
@@ -171,7 +173,7 @@ class CudaExecutor:
         """Run one step. It returns when the launches are queued; reading a result waits for the device.
 
         Args:
-            batch: the tokens, on the plan's device.
+            batch: the tokens, on the plan's device, or, at the cost of one copy to it, on the CPU.
             cache: where their keys and values go, and those before them are read; any of its dtypes.
             return_hidden: also return the rows after the final norm.
             head: "logits", or "argmax": only the first of the largest logits of each row, in ``top_ids`` and
@@ -205,9 +207,11 @@ class CudaExecutor:
         self, buffers: Buffers, batch: StepBatch, return_hidden: bool, head: str, *, private: bool
     ) -> StepOutput:
         """What was asked for, in tensors that the next step leaves alone; ``private``: the buffers are."""
-        # a decode step gives its rows in their own order
-        rows = batch.logits_indices if buffers.size.num_splits else None
         count = batch.logits_indices.numel()
+        rows = None
+        if buffers.size.num_splits and not _in_order(batch.logits_indices):
+            # a decode step gives its rows in their own order
+            rows = batch.logits_indices.to(self.plan.device)
         hidden = None
         if return_hidden:
             hidden = buffers.hidden[:count] if rows is None else buffers.hidden[rows]
@@ -303,6 +307,11 @@ class CudaExecutor:
     def __repr__(self) -> str:
         graphs = self.graphs.disabled or f"{len(self.graphs)} graphs"
         return f"CudaExecutor({self.plan.device}, {graphs}, pdl={self.pdl}, batch_invariant={self.batch_invariant})"
+
+
+def _in_order(indices: Tensor) -> bool:
+    """Whether they are 0, 1, 2, ...; False where finding out would take a wait for a device."""
+    return indices.device.type == "cpu" and np.array_equal(indices.numpy(), np.arange(len(indices)))
 
 
 def _padding(rows: int, queries: int, context: int, cache: PagedKVCache, device: torch.device) -> StepBatch:

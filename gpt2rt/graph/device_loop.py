@@ -21,8 +21,10 @@ from gpt2rt.kernels.sampling import argmax_into_triton, sample_into_triton
 from gpt2rt.kernels.sampling_select import SelectWorkspace, select_workspace
 from gpt2rt.kernels.uniforms import uniforms_into_triton
 
-from .chain import Buffers, StepSize
+from .chain import Buffers
 from .cuda import BATCH_SIZES, CudaExecutor, cache_key, num_splits_for
+from .inputs import StepSize
+from .transfer import to_device
 
 # names states in the keys of graphs: an address or an id may come again
 _SERIAL = itertools.count()
@@ -283,17 +285,17 @@ class _State:
         padding = [0] * (self._rows - count)
         lengths = [sequence.length + 1 for sequence in sequences]
         buffers = self.buffers(executor, num_splits_for(max(lengths)))
-        buffers.input_ids.copy_(torch.tensor([*tokens, *padding], dtype=torch.int64))
-        buffers.position_ids.copy_(torch.tensor([*(length - 1 for length in lengths), *padding], dtype=torch.int64))
+        self._send(buffers.input_ids, [*tokens, *padding])
+        self._send(buffers.position_ids, [*(length - 1 for length in lengths), *padding])
         buffers.slot_mapping.fill_(-1)
-        buffers.seq_lens.copy_(torch.tensor(lengths + padding, dtype=torch.int32))
-        self.limits.copy_(torch.tensor(list(limits) + padding, dtype=torch.int32))
+        self._send(buffers.seq_lens, [*lengths, *padding])
+        self._send(self.limits, [*limits, *padding])
         self.step.zero_()
         self._shape = []
         if sampling is None:
             return ()
         for name in ("seeds", "requests", "choices", "positions"):
-            self._integers[name].copy_(_int64([*getattr(sampling, name), *padding]))
+            self._send(self._integers[name], [*map(_int64, getattr(sampling, name)), *padding])
         settings = []
         for name, store in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
             values = getattr(sampling, name)
@@ -303,8 +305,11 @@ class _State:
             settings.append(values is not None)
             if values is not None:
                 target = self._integers[name] if name == "top_k" else self._floats[name]
-                target.copy_(torch.tensor([*values, *(store for _ in padding)], dtype=target.dtype))
+                self._send(target, [*values, *(store for _ in padding)])
         return tuple(settings)
+
+    def _send(self, target: Tensor, values: ListLike[float]) -> None:
+        target.copy_(to_device(values, target.dtype, self._device))
 
     def extend_tables(self, sequences: ListLike[Sequence], step: int) -> None:
         """Send the block tables again where one has grown; the slots of a first step are known only now."""
@@ -384,6 +389,6 @@ class _State:
         )
 
 
-def _int64(values: ListLike[int]) -> Tensor:
-    """Integers of 64 bits, signed or not, as int64 with the same bits."""
-    return torch.tensor([(value + 2**63) % 2**64 - 2**63 for value in values], dtype=torch.int64)
+def _int64(value: int) -> int:
+    """An integer of 64 bits, signed or not, as the signed one with the same bits."""
+    return (value + 2**63) % 2**64 - 2**63

@@ -47,7 +47,7 @@ class EagerExecutor:
         """Run one step.
 
         Args:
-            batch: the tokens, on the plan's device.
+            batch: the tokens, on the plan's device or on the CPU.
             cache: where their keys and values go, and those before them are read; on the plan's device.
             return_hidden: also return the rows after the final norm.
 
@@ -58,7 +58,7 @@ class EagerExecutor:
             ValueError: the batch or the cache does not fit the plan.
         """
         check_step(self.plan, batch, cache)
-        return _Step(batch, cache).run(self.plan, return_hidden)
+        return _Step(batch.to(self.plan.device), cache).run(self.plan, return_hidden)
 
 
 def _embed(node: Embed, batch: StepBatch) -> Tensor:

@@ -33,7 +33,10 @@ class Executor(Protocol):
     cache_dtype: torch.dtype
 
     def step(self, batch: StepBatch, cache: PagedKVCache, *, return_hidden: bool = False) -> StepOutput:
-        """Run one step: write the new tokens' keys and values to ``cache``, return the rows asked for."""
+        """Run one step: write the new tokens' keys and values to ``cache``, return the rows asked for.
+
+        The batch may lie on the CPU, whatever the plan's device is: the step sends it there itself.
+        """
         ...
 
     def with_positions(self, wpe: Tensor) -> Executor:
@@ -123,8 +126,9 @@ def check_step(plan: Plan, batch: StepBatch, cache: PagedKVCache) -> None:
         raise ValueError(
             f"a sequence of {batch.max_seq_len} tokens exceeds the model's n_positions={plan.n_positions}; shorten it"
         )
-    if batch.input_ids.device != cache.data.device or cache.data.device != plan.device:
+    place = batch.input_ids.device
+    if cache.data.device != plan.device or (place != plan.device and place.type != "cpu"):
         raise ValueError(
-            f"the batch is on {batch.input_ids.device}, the cache on {cache.data.device} and the weights on "
-            f"{plan.device}; all three must be on one device"
+            f"the batch is on {place}, the cache on {cache.data.device} and the weights on {plan.device}; cache and "
+            "weights must be on one device, and the batch there or on the CPU"
         )

@@ -130,6 +130,35 @@ def test_rows_may_come_go_and_change_places():
                 sampler.release(rows[i])
 
 
+def test_where_reading_waits_it_is_done_once(monkeypatch):
+    reads = []
+
+    def fetch(*tensors):
+        reads.append(len(tensors))
+        return [tensor.tolist() for tensor in tensors]
+
+    count, steps = 2 * len(KINDS), 6
+    expected, logits = run(mixed_rows(count), steps)
+    monkeypatch.setattr("gpt2rt.engine.sampler.fetch", fetch)
+    rows = mixed_rows(count)
+    sampler = sampler_of(rows)
+    sampler._waits = True
+    for step in range(steps):
+        sampled = sampler.sample(logits[step].clone())
+        assert not sampled.errors
+        assert [(token, sampled.logprobs.get(place)) for place, token in enumerate(sampled.tokens)] == [
+            steps_of_row[step] for steps_of_row in expected
+        ]
+        for row, token in zip(rows, sampled.tokens, strict=True):
+            row.output_ids.append(token)
+    assert len(reads) == steps
+    damaged = random_logits(count)
+    damaged[len(KINDS) - 1, 60] = math.nan
+    with pytest.raises(NumericsError, match="rules or penalties"):
+        sampler.sample(damaged.clone())
+    assert list(sampler.sample(damaged, careful=True).errors) == [len(KINDS) - 1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_gpu_chooses_the_same_tokens():
     count, steps = 64, 6
