@@ -10,20 +10,18 @@ import logging
 import time
 from collections.abc import Callable
 
-import torch
-
 from gpt2rt.cache import PrefixIndex
 from gpt2rt.errors import EngineDeadError, NumericsError, QueueFullError, RequestError, RequestFailedError
-from gpt2rt.graph import StepOutput
 
 from .accounts import Accounts
+from .ahead import DecodeAhead
 from .batch import Item, StepBuffers
-from .logprobs import TokenTexts, as_logprobs, prompt_logprobs
+from .logprobs import TokenTexts, as_logprobs
 from .output_text import OutputText
 from .pacing import PrefillPacer
-from .params import PoolingParams
+from .prompt_rows import PromptRows
 from .request import Branch, Request
-from .runner import Group, Row, StepRunner
+from .runner import Row, StepRunner
 from .sampler import Sampled, Sampler, SamplingRow
 from .scheduler import Scheduler
 from .served import ServedModel
@@ -68,7 +66,12 @@ class EngineCore:
         )
         sampler = Sampler(served.vocab_size, served.device, capacity=config.max_num_seqs)
         self._sampler = StepSampler(sampler, self._runner)
+        self._ahead = DecodeAhead(served.executor, self.cache, self.scheduler)
+        # a step is over when its tokens are known
+        self._waits = served.device.type == "cuda"
+        self._last_ahead: float | None = None
         self._texts = TokenTexts(served.tokenizer)
+        self._prompt_rows = PromptRows(served, self._texts, self._fail)
         self.requests: dict[str, Request] = {}
         self._queued_tokens = 0
         self._accounts = Accounts(self.cache.pool.num_blocks)
@@ -197,6 +200,7 @@ class EngineCore:
 
     def reset(self, error: BaseException) -> None:
         """End all requests and empty the cache, after an exception that left a step in its middle."""
+        self._ahead.forget()
         self.abort_all(_as_request_error(error))
         self.requests.clear()
         self._queued_tokens = 0
@@ -228,6 +232,12 @@ class EngineCore:
     def step(self) -> None:
         """Compute the next tokens of all who can go on; outputs go to the requests' sinks."""
         scheduler = self.scheduler
+        ahead = self._ahead.next()
+        if ahead is not None:
+            self._take_ahead(ahead)
+            self._accounts.close(scheduler)
+            return
+        self._last_ahead = None
         items = scheduler.schedule()
         if scheduler.preempted:
             self._accounts.iteration.num_preemptions += len(scheduler.preempted)
@@ -264,7 +274,8 @@ class EngineCore:
             return
         groups = self._runner.run(items, rows, self._sampler.best_count(rows))
         now = time.monotonic()
-        self._pacer.note(now - began, self.scheduler.num_decoding, num_prompt)
+        if not self._waits:
+            self._pacer.note(now - began, self.scheduler.num_decoding, num_prompt)
         live = groups[0].items if len(groups) == 1 else [item for group in groups for item in group.items]
         for item in live:
             item.branch.num_computed += item.count
@@ -275,10 +286,15 @@ class EngineCore:
         for branch in forks:
             self._fork(branch)
         for group in groups:
-            self._take_wide(group)
+            self._prompt_rows.take(group)
         if rows:
-            self._choose(rows, groups, now)
-        self._remember(live)
+            sampled = self._sampler.choose(rows, groups)
+            if self._waits:
+                now = time.monotonic()
+                self._pacer.note(now - began, self.scheduler.num_decoding, num_prompt)
+            self._take_tokens([row.branch for row in rows], sampled, now)
+        self._ahead.note([row.branch for row in rows])
+        self._remember([item.branch for item in live])
         self._hand_out([row.branch for row in rows])
         self._hand_out([item.branch for item in live if item.branch.row is None and item.branch.finish_reason])
         self._accounts.iteration.num_tokens += sum(item.count for item in live)
@@ -316,53 +332,26 @@ class EngineCore:
         except Exception as error:
             self._fail(request, error)
 
-    # ---- what a step gives -----------------------------------------------------------------------------------------
-
-    def _take_wide(self, group: Group) -> None:
-        """Keep what is wanted of prompt tokens: their log-probabilities, or hidden states."""
-        first = 0
-        for item in group.items:
-            stop = first + item.num_logits
-            request = item.branch.request
-            if item.num_logits and (request.sampling is None or request.needs_prompt_rows):
-                try:
-                    self._take_rows(item, group.output, first, stop)
-                except Exception as error:
-                    self._fail(item.branch.request, error)
-            first = stop
-
-    def _take_rows(self, item: Item, output: StepOutput, first: int, stop: int) -> None:
-        request = item.branch.request
-        if isinstance(request.params, PoolingParams):
-            assert output.hidden is not None
-            hidden = output.hidden[first:stop]
-            if not bool(torch.isfinite(hidden).all()):
-                raise NumericsError("hidden states of the prompt hold NaN or infinity; the weights are damaged")
-            request.rows.append(hidden)
-            if item.complete:
-                request.pooled = self.served.pool(torch.cat(request.rows), request.params)
-                item.branch.finish_reason = "stop"
-            return
-        assert output.logits is not None
-        assert request.sampling is not None
-        assert request.sampling.prompt_logprobs is not None
-        known = request.prompt_logprobs = request.prompt_logprobs or [None]
-        next_ids = request.prompt_ids[item.start + 1 : item.start + item.count + 1]
-        # after a preemption the first tokens come again, in chunks of other sizes
-        again = len(known) - item.start - 1
-        assert again >= 0
-        if again < len(next_ids):
-            logits = output.logits[first + again : first + len(next_ids)]
-            found = prompt_logprobs(logits, next_ids[again:], request.sampling.prompt_logprobs)
-            known += [as_logprobs(entry, self._texts) for entry in found]
-
     # ---- tokens ----------------------------------------------------------------------------------------------------
 
-    def _choose(self, rows: list[Row], groups: list[Group], now: float) -> None:
-        """Give every row its next token."""
-        sampled = self._sampler.choose(rows, groups)
-        for place, row in enumerate(rows):
-            branch = row.branch
+    def _take_ahead(self, found: list[tuple[Branch, int]]) -> None:
+        """Take the tokens of a step that was queued ahead."""
+        now = time.monotonic()
+        branches = [branch for branch, _ in found]
+        if self._last_ahead is not None:
+            self._pacer.note(now - self._last_ahead, len(found), 0)
+        self._last_ahead = now
+        self.scheduler.queries = self.scheduler.hits = 0
+        self._take_tokens(branches, Sampled([token for _, token in found], {}, {}), now)
+        self._remember(branches)
+        self._hand_out(branches)
+        self._accounts.iteration.num_tokens += len(found)
+        if not self.scheduler.running:
+            self._ahead.stop()
+
+    def _take_tokens(self, branches: list[Branch], sampled: Sampled, now: float) -> None:
+        """Give every branch its next token."""
+        for place, branch in enumerate(branches):
             if branch.request.finished:
                 # it failed in this step, and the sampler has prepared for it since
                 assert branch.row is not None
@@ -404,13 +393,12 @@ class EngineCore:
         if branch.finish_reason is not None and branch.text is not None:
             branch.text.end()
 
-    def _remember(self, items: list[Item]) -> None:
+    def _remember(self, branches: list[Branch]) -> None:
         """Index the blocks that are full now."""
         index, size = self._index, self.cache.block_size
         if index is None:
             return
-        for item in items:
-            branch = item.branch
+        for branch in branches:
             chain, sequence = branch.chain, branch.sequence
             if chain is not None and sequence is not None and branch.num_computed // size > len(chain):
                 try:

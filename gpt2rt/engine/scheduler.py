@@ -120,6 +120,13 @@ class Scheduler:
         """Blocks that a sequence could get: free ones, and those that only the index holds."""
         return self._cache.pool.num_free + (0 if self._index is None else self._index.num_evictable)
 
+    @property
+    def has_candidates(self) -> bool:
+        """Whether one who waits may come in; not the first, if it found no blocks and there are no more since."""
+        if not self.waiting or len(self.running) >= self._max_num_seqs:
+            return False
+        return not (self._blocked is self.waiting[0] and self.running and self.num_free <= self._blocked_free)
+
     def schedule(self) -> list[Item]:
         """The parts of the next step, with their cache slots reserved; empty if nobody can go on.
 

@@ -7,6 +7,7 @@ steps costs time unless it takes longer than a step.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence as ListLike
@@ -77,8 +78,11 @@ class DeviceLoop:
         self._executor = executor
         self._cache = cache
         self._device = executor.plan.device
-        self._sequences: ListLike[Sequence] = ()
+        # None: the row was dropped
+        self._sequences: list[Sequence | None] = []
         self._limits: list[int] = []
+        # of each pending step, the sequences that it appends a token to
+        self._grown: collections.deque[list[Sequence]] = collections.deque()
         self._max_blocks = cache.blocks_for(executor.plan.n_positions)
         self._key: tuple[int, bool, int, int] | None = None
         self._state: _State
@@ -89,6 +93,11 @@ class DeviceLoop:
     def pending(self) -> int:
         """Steps that were queued and not read."""
         return self._launched - self._read
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a step computes, padding included."""
+        return 0 if self._key is None else self._key[0]
 
     def start(
         self,
@@ -115,23 +124,41 @@ class DeviceLoop:
             except IndexError:
                 self._state = _State(self._executor, *key)
             self._key = key
-        self._sequences, self._limits = sequences, list(limits)
+        self._sequences, self._limits = list(sequences), list(limits)
         self._launched = self._read = 0
+        self._grown.clear()
         with self._executor.lock:
             self._executor.streams.join()
             self._settings = self._state.fill(self._executor, tokens, sequences, limits, sampling)
 
-    def can_launch(self) -> bool:
-        """Whether every sequence has room for one more token, and the ring for its step."""
-        room = all(s.length < limit for s, limit in zip(self._sequences, self._limits, strict=True))
-        return room and self.pending < RING - 1
+    def can_launch(self, *, partly: bool = False) -> bool:
+        """Whether every sequence has room for one more token, and the ring for its step.
+
+        Args:
+            partly: it suffices that one has; the others are padding from then on.
+        """
+        if self.pending >= RING - 1:
+            return False
+        room = [s.length < limit for s, limit in zip(self._sequences, self._limits, strict=True) if s is not None]
+        return any(room) if partly else all(room)
+
+    def drop(self, row: int) -> None:
+        """Make a row padding in the steps to come; its sequence may be freed, before or after.
+
+        What is pending still writes to the sequence's blocks, but before all that is queued later.
+        """
+        self._sequences[row] = None
+        with self._executor.lock:
+            self._executor.streams.join()
+            self._state.drop(row)
 
     @torch.no_grad()
     def launch(self) -> None:
-        """Queue a step: it appends one token to each sequence, and chooses the next.
+        """Queue a step: it appends one token to each sequence that has not reached its limit, and chooses the next.
 
         Raises:
             OutOfBlocksError: the pool is empty.
+            RuntimeError: every sequence has reached its limit.
             torch.cuda.OutOfMemoryError: there is no memory for the step's buffers or its graph.
 
             Whatever is raised, no sequence has grown; :meth:`start` anew.
@@ -142,20 +169,30 @@ class DeviceLoop:
             with executor.lock:
                 # a block that others share is copied when a sequence grows into it
                 executor.streams.join()
-                for sequence in self._sequences:
-                    sequence.append(1)
-                    grown.append(sequence)
-                longest = max(sequence.length for sequence in self._sequences)
-                state.extend_tables(self._sequences, self._launched)
+                going = [
+                    sequence if sequence is not None and sequence.length < limit else None
+                    for sequence, limit in zip(self._sequences, self._limits, strict=True)
+                ]
+                for sequence in going:
+                    if sequence is not None:
+                        sequence.append(1)
+                        grown.append(sequence)
+                if not grown:
+                    raise RuntimeError("no sequence has room for a token; ask can_launch first")
+                longest = max(sequence.length for sequence in grown)
+                state.extend_tables(going, self._launched)
                 state.run(executor, self._cache, longest, self._settings, self._launched)
         except BaseException:
             for sequence in grown:
                 sequence.truncate(sequence.length - 1)
             raise
         self._launched += 1
+        self._grown.append(grown)
 
     def read(self) -> list[int]:
         """The tokens that the oldest pending step chose, -1 for a row that had none; waits for that step alone.
+
+        Those of rows that the step did not append to (they had reached their limit, or were dropped) mean nothing.
 
         Raises:
             RuntimeError: nothing is pending.
@@ -164,6 +201,7 @@ class DeviceLoop:
             raise RuntimeError("no step is pending; launch one first")
         tokens = self._state.tokens(self._read)
         self._read += 1
+        self._grown.popleft()
         return tokens[: len(self._sequences)]
 
     def forget(self) -> None:
@@ -173,12 +211,13 @@ class DeviceLoop:
         """
         if self.pending:
             self._state.tokens(self._launched - 1)
-        for sequence in self._sequences:
+        for sequence in itertools.chain.from_iterable(self._grown):
             # one that was freed has nothing to undo
             if sequence.blocks:
-                sequence.truncate(sequence.length - self.pending)
+                sequence.truncate(sequence.length - 1)
+        self._grown.clear()
         self._launched = self._read = 0
-        self._sequences, self._limits = (), []
+        self._sequences, self._limits = [], []
 
     def close(self) -> None:
         """Leave the tensors to the next loop; this one may start again. Pending steps are forgotten."""
@@ -311,20 +350,33 @@ class _State:
     def _send(self, target: Tensor, values: ListLike[float]) -> None:
         target.copy_(to_device(values, target.dtype, self._device))
 
-    def extend_tables(self, sequences: ListLike[Sequence], step: int) -> None:
-        """Send the block tables again where one has grown; the slots of a first step are known only now."""
+    def drop(self, row: int) -> None:
+        """Make a row padding from the next step on."""
         assert self._shared is not None
-        shape = [(len(sequence.blocks), sequence.blocks[-1]) for sequence in sequences]
+        self._shared.seq_lens[row : row + 1].zero_()
+        self._shared.slot_mapping[row : row + 1].fill_(-1)
+
+    def extend_tables(self, sequences: ListLike[Sequence | None], step: int) -> None:
+        """Send the block tables again where one has grown; the slots of a first step are known only now.
+
+        Args:
+            sequences: of the rows; None: a row of padding.
+            step: the number of the step that comes.
+        """
+        assert self._shared is not None
+        shape = [(0, 0) if s is None else (len(s.blocks), s.blocks[-1]) for s in sequences]
         changed = shape != self._shape
         if changed:
             table = self._tables[step % RING]
             for row, sequence in enumerate(sequences):
-                table[row, : len(sequence.blocks)] = torch.tensor(sequence.blocks, dtype=torch.int32)
+                if sequence is not None:
+                    table[row, : len(sequence.blocks)] = torch.tensor(sequence.blocks, dtype=torch.int32)
             self._shared.block_table.copy_(table, non_blocking=True)
             self._shape = shape
         if changed or step == 0:
             # a step before looked its slot up in the table as it was then
-            slots = [(s.blocks[-1] * self._block_size + (s.length - 1) % self._block_size) for s in sequences]
+            size = self._block_size
+            slots = [-1 if s is None else s.blocks[-1] * size + (s.length - 1) % size for s in sequences]
             staged = self._slots[step % RING, : len(slots)]
             staged.copy_(torch.tensor(slots, dtype=torch.int64))
             self._shared.slot_mapping[: len(slots)].copy_(staged, non_blocking=True)

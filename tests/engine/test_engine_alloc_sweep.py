@@ -10,6 +10,7 @@ import itertools
 import logging
 
 import pytest
+import torch
 from engine_faults import (
     Fault,
     Injected,
@@ -25,7 +26,7 @@ from engine_faults import (
 
 import gpt2rt.graph.cpu
 from gpt2rt.cache import BlockPool, PagedKVCache, PrefixIndex, Sequence, block_pool
-from gpt2rt.engine import SamplingParams, core, runner, scheduler
+from gpt2rt.engine import SamplingParams, core, prompt_rows, runner, scheduler
 from gpt2rt.engine.batch import StepBuffers
 from gpt2rt.engine.output_text import OutputText
 from gpt2rt.engine.request import Request
@@ -52,9 +53,9 @@ ALLOCATIONS = {
     "slots-memory": (Sequence, "append", MEMORY, 1),
     "adopted": (Sequence, "adopt", MEMORY, 1),
     "forked": (Sequence, "fork", MEMORY, 1),
-    "tensor-empty": (core.torch, "empty", MEMORY, 1),
-    "tensor-filled": (core.torch, "tensor", MEMORY, 1),
-    "tensor-joined": (core.torch, "cat", MEMORY, 1),
+    "tensor-empty": (torch, "empty", MEMORY, 1),
+    "tensor-filled": (torch, "tensor", MEMORY, 1),
+    "tensor-joined": (torch, "cat", MEMORY, 1),
     "arena": (CpuExecutor, "_workspace", MEMORY, 1),
     "sampler": (Sampler, "sample", MEMORY, 1),
     "sampler-rows": (Sampler, "set_rows", MEMORY, 1),
@@ -73,7 +74,7 @@ STAGES = {
     "text": (OutputText, "put", STAGE, 1),
     "text-end": (OutputText, "end", STAGE, 1),
     "logprobs": (core, "as_logprobs", STAGE, 1),
-    "prompt-logprobs": (core, "prompt_logprobs", STAGE, 1),
+    "prompt-logprobs": (prompt_rows, "prompt_logprobs", STAGE, 1),
     "pool": (ServedModel, "pool", STAGE, 1),
     "index": (PrefixIndex, "insert", STAGE, 1),
     "output": (Request, "output", STAGE, 1),

@@ -42,6 +42,27 @@ def test_the_tokens_of_the_eager_executor(model):
     assert len(set(found["cuda"][0][0])) > 1
 
 
+@pytest.mark.parametrize("way", [{"temperature": 0.0}, {"seed": 3, "top_p": 0.9}], ids=["greedy", "drawn"])
+def test_decoding_ahead(model, way):
+    params = [SamplingParams(max_tokens=count, ignore_eos=True, detokenize=False, **way) for count in (6, 8)]
+    found = {}
+    for name in ("eager", "cuda"):
+        llm = LLM(model, executor=name, num_blocks=8, max_num_seqs=2)
+        launched = []
+        step = llm.core._ahead.next
+
+        def counted(step=step, launched=launched):
+            tokens = step()
+            launched.append(tokens is not None)
+            return tokens
+
+        llm.core._ahead.next = counted
+        found[name] = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[:2], params)]
+        assert any(launched) == (name == "cuda")
+        llm.shutdown()
+    assert found["cuda"] == found["eager"]
+
+
 def test_the_warm_up_runs_every_kind_of_request(model, monkeypatch):
     ends = []
     monkeypatch.setattr(warmup, "_nobody", lambda output: ends.append(output) if output.finished else None)
