@@ -118,10 +118,9 @@ class DecodeAhead:
         if self._scheduler.has_candidates or running != self._last or not all(map(_can_follow, running)):
             return False
         rows = [branch.row for branch in running if branch.row is not None]
-        greedy = sum(row.params.greedy for row in rows)
         from gpt2rt.graph.cuda import BATCH_SIZES, CudaExecutor
 
-        if greedy not in (0, len(rows)) or len(rows) > BATCH_SIZES[-1]:
+        if len(rows) > BATCH_SIZES[-1]:
             return False
         if self._loop is None:
             from gpt2rt.graph.device_loop import DeviceLoop
@@ -134,7 +133,7 @@ class DecodeAhead:
         sequences = [branch.sequence for branch in running if branch.sequence is not None]
         tokens = [branch.tokens[-1] for branch in running]
         try:
-            self._loop.start(tokens, sequences, limits, None if greedy else _sampling_rows(rows))
+            self._loop.start(tokens, sequences, limits, _sampling_rows(rows))
         except Exception as error:
             _LOG.warning("nothing is decoded ahead any more (%s: %s)", type(error).__name__, error)
             self._broken = True
@@ -182,20 +181,24 @@ def _can_follow(branch: Branch) -> bool:
     return decodes and row.plain() and len(request.branches) == request.num_choices
 
 
-def _sampling_rows(rows: list[SamplingRow]) -> SamplingRows:
-    """How the tokens of rows that draw are chosen from here on."""
+def _sampling_rows(rows: list[SamplingRow]) -> SamplingRows | None:
+    """How the tokens of rows are chosen from here on; None: all take the largest logit."""
+    greedy = [row.params.greedy for row in rows]
+    if all(greedy):
+        return None
     from gpt2rt.graph.device_loop import SamplingRows
 
     settings: dict[str, list[Any] | None] = {}
     for name, off in _OFF.items():
-        values = [getattr(row.params, name) for row in rows]
+        values = [off if row.params.greedy else getattr(row.params, name) for row in rows]
         if name == "top_k":
-            values = [max(value, off) for value in values]
+            values = [1 if row.params.greedy else max(row.params.top_k, off) for row in rows]
         settings[name] = values if any(value != off for value in values) else None
     return SamplingRows(
         seeds=[row.seed for row in rows],
         requests=[row.request for row in rows],
         choices=[row.choice for row in rows],
         positions=[len(row.prompt_ids) + len(row.output_ids) for row in rows],
+        greedy=greedy if any(greedy) else None,
         **settings,
     )

@@ -43,6 +43,8 @@ class SamplingRows:
             ``generation.random.uniform``; positions of the next token.
         temperature, top_p, min_p: [num_rows] numbers, or None.
         top_k: [num_rows] integers, or None.
+        greedy: [num_rows], rows whose numbers are 0: with ``top_k`` 1 they take the first of the largest logits; or
+            None.
     """
 
     seeds: ListLike[int]
@@ -53,6 +55,7 @@ class SamplingRows:
     top_k: ListLike[int] | None = None
     top_p: ListLike[float] | None = None
     min_p: ListLike[float] | None = None
+    greedy: ListLike[bool] | None = None
 
 
 class DeviceLoop:
@@ -298,7 +301,8 @@ class _State:
         self._places = torch.zeros_like(self.work.maxima, dtype=torch.int32)
         self.draws = draws
         self._integers = {name: new(rows) for name in ("seeds", "requests", "choices", "positions", "top_k")}
-        self._floats = {name: new(rows, dtype=torch.float64) for name in ("temperature", "top_p", "min_p", "uniforms")}
+        names = ("temperature", "top_p", "min_p", "uniforms", "drawn")
+        self._floats = {name: new(rows, dtype=torch.float64) for name in names}
         # all buffers of a batch size share the inputs
         self._shared: Buffers | None = None
 
@@ -345,6 +349,9 @@ class _State:
             if values is not None:
                 target = self._integers[name] if name == "top_k" else self._floats[name]
                 self._send(target, [*values, *(store for _ in padding)])
+        settings.append(sampling.greedy is not None)
+        if sampling.greedy is not None:
+            self._send(self._floats["drawn"], [*(0.0 if greedy else 1.0 for greedy in sampling.greedy), *padding])
         return tuple(settings)
 
     def _send(self, target: Tensor, values: ListLike[float]) -> None:
@@ -413,8 +420,11 @@ class _State:
             names = ("seeds", "requests", "choices", "positions")
             uniforms = self._floats["uniforms"]
             uniforms_into_triton(*(numbers[name] for name in names), uniforms, advance=1)
+            *used, has_greedy = settings
+            if has_greedy:
+                uniforms.mul_(self._floats["drawn"])
             values = (self._floats["temperature"], numbers["top_k"], self._floats["top_p"], self._floats["min_p"])
-            temperature, top_k, top_p, min_p = (v if used else None for v, used in zip(values, settings, strict=True))
+            temperature, top_k, top_p, min_p = (v if on else None for v, on in zip(values, used, strict=True))
             sample_into_triton(
                 logits,
                 uniforms,

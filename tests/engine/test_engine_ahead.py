@@ -60,7 +60,7 @@ def ahead(monkeypatch):
 
 def params_of(lengths, **settings):
     settings = {"temperature": 0.0, "ignore_eos": True, "detokenize": False, **settings}
-    return [SamplingParams(max_tokens=length, seed=place, **settings) for place, length in enumerate(lengths)]
+    return [SamplingParams(max_tokens=length, **{"seed": place, **settings}) for place, length in enumerate(lengths)]
 
 
 def alone(model, prompts, params):
@@ -101,10 +101,26 @@ def test_the_tokens_of_the_eager_executor(model, llm, ahead, settings):
     assert_clean(llm.core)
 
 
+def test_rows_that_draw_beside_rows_that_do_not(ahead):
+    # ties, of which the first is taken without drawing
+    with torch.no_grad():
+        twins = lively_model(n_layer=1, n_embd=16, n_head=1, n_positions=64, vocab_size=VOCAB)
+        twins.transformer.wte.weight[27:52] = twins.transformer.wte.weight[1:26]
+    llm = LLM(twins, executor="cuda", num_blocks=24, max_num_seqs=4)
+    ways = [{}, DRAWN, {}, {"temperature": 1.0, "top_k": 5}]
+    prompts = [*PROMPTS, [31, 8]]
+    params = [params_of([12], seed=place, **way)[0] for place, way in enumerate(ways)]
+    found = llm.generate(prompts, params)
+    assert [said(output) for output in found] == alone(twins, prompts, params)
+    assert ahead
+    assert any(token > 26 for token in found[3].outputs[0].token_ids)
+    assert all(token < 27 or token == 52 for token in found[0].outputs[0].token_ids)
+    llm.shutdown()
+
+
 def test_what_the_host_has_to_look_at_is_not_decoded_ahead(llm, ahead):
     for settings in ({"logprobs": 1}, {"presence_penalty": 0.5}, {"logit_bias": {3: 1.0}}):
         llm.generate(PROMPTS[:2], params_of([7, 7], **settings))
-    llm.generate(PROMPTS[:2], [*params_of([7]), *params_of([7], **DRAWN)])
     assert not ahead
     llm.generate(PROMPTS[:1], params_of([9], min_tokens=6, stop_token_ids=[1]))
     # until then the ends have to be excluded
