@@ -11,6 +11,7 @@ from gpt2rt.lab.measure import measure, size_text
 from gpt2rt.lab.problem import Place
 from gpt2rt.lab.registry import OPERATIONS
 
+from . import serving
 from .models import DTYPES, FORMATS, make_model, prefill_batch, random_cache
 from .persistent import check_bits, persistent_executor, why_not
 from .session import Session
@@ -30,6 +31,8 @@ def run(session: Session) -> None:
                 with session.attempt(f"model {name} {format}"):
                     _model(session, name, format, scale)
         _embedded(session)
+        with session.attempt("LLM"):
+            serving.check(session)
         _persistent(session)
         if not session.toy:
             _kernels(session, "measured")

@@ -1,4 +1,4 @@
-"""(d) Decode steps of many sequences."""
+"""(d) Decode steps of many sequences, and many requests through ``LLM``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import serving
 from .models import ReplayedStep, decode_batch, drop, make_model, random_cache, step_bytes
 from .peers import TorchStep
 from .session import Session
@@ -35,6 +36,8 @@ def run(session: Session) -> None:
                 model, loaded = make_model(name, format, session.device), (name, format)
             _one(session, name, format, batch, context, model)
         drop()
+    model = None
+    serving.run(session)
 
 
 def _one(session: Session, name: str, format: str, batch: int, context: int, model: Any) -> None:

@@ -12,6 +12,7 @@ Tokens are those of the engine's other steps: the kernels, the random numbers an
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from gpt2rt.cache import PagedKVCache
@@ -40,7 +41,7 @@ class DecodeAhead:
     """Runs of decode steps that are queued ahead.
 
     Args:
-        executor: of the model; only a cuda executor decodes ahead.
+        executor: of the model; only a cuda executor decodes ahead, unless ``GPT2RT_CUDA_AHEAD=0``.
         cache: keys and values.
         scheduler: who waits and who runs; between the steps of a run it takes branches out, and lets none in.
 
@@ -58,7 +59,8 @@ class DecodeAhead:
         self._settled = 0
         # nothing more is queued: the run ends when what is pending has been read
         self._ends = False
-        self._broken = False
+        # whether there are runs at all
+        self._enabled = executor.name == "cuda" and os.environ.get("GPT2RT_CUDA_AHEAD") != "0"
 
     def note(self, branches: list[Branch]) -> None:
         """A step of the engine's own is over; a run may follow it.
@@ -66,7 +68,7 @@ class DecodeAhead:
         Args:
             branches: those that got a token in it.
         """
-        if self._executor.name != "cuda" or self._broken:
+        if not self._enabled:
             return
         self._settled = self._settled + 1 if branches and branches == self._last else 0
         self._last = branches
@@ -136,7 +138,7 @@ class DecodeAhead:
             self._loop.start(tokens, sequences, limits, _sampling_rows(rows))
         except Exception as error:
             _LOG.warning("nothing is decoded ahead any more (%s: %s)", type(error).__name__, error)
-            self._broken = True
+            self._enabled = False
             return False
         self.branches = list(running)
         self._ends = False

@@ -101,6 +101,14 @@ def test_the_tokens_of_the_eager_executor(model, llm, ahead, settings):
     assert_clean(llm.core)
 
 
+def test_it_can_be_turned_off(model, ahead, monkeypatch):
+    monkeypatch.setenv("GPT2RT_CUDA_AHEAD", "0")
+    llm = LLM(model, executor="cuda", num_blocks=24)
+    llm.generate(PROMPTS, params_of([14, 14, 14]))
+    assert not ahead
+    llm.shutdown()
+
+
 def test_rows_that_draw_beside_rows_that_do_not(ahead):
     # ties, of which the first is taken without drawing
     with torch.no_grad():
