@@ -1,9 +1,10 @@
 """The cuda executor: a step as a chain of Triton kernels, replayed as a CUDA graph where its size has one.
 
 Steps of one token a sequence are rounded up to a batch of 1, 2, 4, ... 256 rows and to a context of 256, 512, 1024,
-... tokens; prompts of one sequence to 16, 32, ... 1024 tokens. The rows that fill such a batch up are padding: they
-have no cache slot and no length, and change nothing. Each of these sizes has its buffers and, for each cache, its
-graph. Other steps (several prompts at once, longer ones, more than 256 sequences) are launched kernel by kernel.
+... tokens; steps with prompts to 16, 32, ... 1024 tokens of 1, 4, 16 or 64 sequences. The rows that fill such a batch
+up are padding: they have no cache slot and no length, and change nothing. Each of these sizes has its buffers and, for
+each cache, its graph. Other steps (more tokens or sequences, more rows of logits than sequences) are launched kernel by
+kernel.
 
 Numbers: the residual stream, sums, norms, softmax and logits are float32; products of 16-bit weights are those of
 tensor cores; quantised weights are multiplied by float activations, also where the cpu executor takes int8 ones. The
@@ -42,8 +43,10 @@ __all__ = ["BATCH_SIZES", "PROMPT_LENGTHS", "CudaExecutor", "unsupported"]
 
 #: rows of the decode steps that have graphs
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-#: tokens of the prompts that have graphs
+#: tokens of the prompts that have graphs, of all prompts of a step together
 PROMPT_LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
+#: prompts of such a step; each may give one row of logits
+PROMPT_COUNTS = (1, 4, 16, 64)
 #: splits of 64 tokens that decode steps are rounded up to; longer contexts to multiples of the last
 SPLITS = (4, 8, 16)
 
@@ -249,8 +252,10 @@ class CudaExecutor:
         if batch.max_query_len == 1 and tokens == seqs == logits:
             rows = _round_up(seqs, BATCH_SIZES)
             return None if rows is None else StepSize(rows, rows, rows, blocks, num_splits_for(batch.max_seq_len))
-        length = _round_up(tokens, PROMPT_LENGTHS) if seqs == logits == 1 else None
-        return None if length is None else StepSize(length, 1, 1, blocks, 0)
+        length, count = _round_up(tokens, PROMPT_LENGTHS), _round_up(seqs, PROMPT_COUNTS)
+        if length is None or count is None or logits > count:
+            return None
+        return StepSize(length, count, count, blocks, 0)
 
     def _exact(self, batch: StepBatch, cache: PagedKVCache) -> StepSize:
         seqs, logits = batch.seq_lens.numel(), batch.logits_indices.numel()

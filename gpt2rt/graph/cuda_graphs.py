@@ -39,7 +39,7 @@ class GraphStore:
         disabled: why nothing is captured, in one clause; empty while graphs are in use.
     """
 
-    def __init__(self, device: torch.device, *, max_graphs: int = 64, enabled: bool = True) -> None:
+    def __init__(self, device: torch.device, *, max_graphs: int = 256, enabled: bool = True) -> None:
         self._graphs: collections.OrderedDict[Hashable, torch.cuda.CUDAGraph] = collections.OrderedDict()
         self._max_graphs = max_graphs
         self.disabled = ""
