@@ -16,21 +16,41 @@ Sources and shapes: paged_prefill_attention.py and paged_decode_attention.py, wh
 """
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config_table import ConfigTable
 from .fusion import let_dependents_start, wait_for_inputs
 from .kv_formats import cache_format, decoded, decoded_scales, dot_dtype, operand, stored
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, architecture_of, on_device
 from .merge_splits import SPLIT, merge_split
 
 # queries per tile: the fewest that tensor cores take
 BLOCK_M = 16
-# elements of a tile of keys, by bytes of an operand of the products: what fits the registers, and the shared memory of
-# every target. The order of the additions follows the tile and the number of warps: one choice for both kernels
-_TILE = {2: 64 * 256, 4: 64 * 64}
+
+
+class InvariantTile(NamedTuple):
+    """Keys that are multiplied at a time, and launch options."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# by bytes of an operand of the products: what fits the registers, and the shared memory of every architecture. The
+# order of the additions follows the tile and the number of warps: one choice for both kernels. Starting points, not
+# tuned on a device yet
+TILES: ConfigTable[InvariantTile] = ConfigTable(
+    "batch_invariant_attention",
+    ("head_dim",),
+    {
+        2: ((64, InvariantTile(64, 4, 2)), (256, InvariantTile(64, 8, 1))),
+        4: ((64, InvariantTile(64, 4, 2)), (128, InvariantTile(32, 8, 1)), (256, InvariantTile(16, 8, 1))),
+    },
+)
 
 
 @triton.jit
@@ -265,19 +285,20 @@ def _options(query: Tensor, key_cache: Tensor, pdl: bool) -> dict[str, object]:
     _, n_head, head_dim = query.shape
     block_d = max(16, triton.next_power_of_2(head_dim))
     dot = dot_dtype(query, key_cache)
+    tile = TILES.find(architecture_of(query), dot.primitive_bitwidth // 8, head_dim)
     return {
         "H": n_head,
         "D": head_dim,
         "BLOCK_SIZE": key_cache.shape[2],
         "SPLIT": SPLIT,
         "BLOCK_M": BLOCK_M,
-        "BLOCK_N": min(SPLIT, _TILE[dot.primitive_bitwidth // 8] // block_d),
+        "BLOCK_N": tile.block_n,
         "BLOCK_D": block_d,
         "FORMAT": cache_format(key_cache),
         "DOT": dot,
         "PDL": pdl,
-        "num_warps": 4 if block_d <= 64 else 8,
-        "num_stages": 2 if block_d <= 64 else 1,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
         "launch_pdl": pdl,
         **OPTIONS,
     }

@@ -19,19 +19,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config_table import ConfigTable, Line
 from .fused_linear import Norm, fused_linear_ref
 from .fusion import let_dependents_start, normalised, wait_for_inputs
 from .launch import OPTIONS, on_device
-from .linear_rows import LOOPED, MAX_WHOLE_K, RowsConfig, rows_config, segment_of
+from .linear_rows import MAX_WHOLE_K, RowsConfig, RowsTile, rows_config
 from .row_tiles import load_input, load_norm, load_tile, product_by_tiles, tile_product
 from .sampling_refs import argmax_ref
 from .weights import DeviceWeight
 
 __all__ = ["head_argmax_ref", "head_argmax_triton", "head_workspace_bytes"]
 
-# (longest row, weight rows of a program, warps): 64 weights a thread, for a vocabulary has programs enough. Starting
-# points, not tuned on a device yet
-CONFIGS = ((1024, 16, 8), (2048, 8, 8), (4096, 4, 8), (MAX_WHOLE_K, 2, 8))
+# 64 weights a thread, for a vocabulary has programs enough. Starting points, not tuned on a device yet
+LINES: tuple[Line, ...] = (
+    (1024, RowsTile(16, 8)),
+    (2048, RowsTile(8, 8)),
+    (4096, RowsTile(4, 8)),
+    (MAX_WHOLE_K, RowsTile(2, 8)),
+)
+# by bits of a weight; of all architectures, for the reasons of linear_rows
+TILES: ConfigTable[RowsTile] = ConfigTable("head", ("row of the weight",), {16: LINES, 8: LINES, 4: LINES})
 # keys of a row that the second kernel reads at a time
 KEYS = 2048
 
@@ -47,12 +54,8 @@ def head_argmax_ref(
 
 
 def head_config(weight: DeviceWeight) -> RowsConfig:
-    """The tile of the first kernel; it depends on the weight alone."""
-    if weight.shape[1] > MAX_WHOLE_K:
-        return LOOPED
-    block_k = rows_config(weight).block_k
-    block_n, num_warps = next((n, warps) for most, n, warps in CONFIGS if weight.shape[1] <= most)
-    return RowsConfig(block_n, block_k, num_warps, segment_of(weight, block_n, block_k, num_warps))
+    """The tile of the first kernel; it depends on the weight and the device alone."""
+    return rows_config(weight, TILES)
 
 
 def head_workspace_bytes(weight: DeviceWeight, num_rows: int) -> int:

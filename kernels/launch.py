@@ -30,6 +30,14 @@ def architecture_of(x: Tensor) -> int:
     return _architecture(x.get_device()) if x.is_cuda else compiled_for
 
 
+def architecture_of_device(device: torch.device | str) -> int:
+    """:func:`architecture_of` for tensors that are still to be made."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return compiled_for
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which triton launches on the device of ``x``.
 

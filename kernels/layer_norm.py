@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, on_device
+from .config_table import ALL, ConfigTable
+from .launch import OPTIONS, architecture_of, on_device
 from .refs import add_layer_norm_ref, layer_norm_ref
 
 __all__ = ["add_layer_norm_ref", "add_layer_norm_triton", "layer_norm_ref", "layer_norm_triton"]
@@ -24,6 +25,11 @@ __all__ = ["add_layer_norm_ref", "add_layer_norm_triton", "layer_norm_ref", "lay
 # a whole row is held by one program: 32768 floats are 32 of the 64 registers that each of 1024 threads may have, and
 # twice as many would spill
 MAX_ROW = 32768
+# warps: one 16-byte load a thread in float16, as long as the row is not longer than 8192. No architecture has a reason
+# to differ: a row's registers are the only limit. Starting points, not tuned on a device yet
+WARPS: ConfigTable[int] = ConfigTable(
+    "layer_norm", ("row",), {ALL: ((256, 1), (512, 2), (1024, 4), (2048, 8), (4096, 16), (MAX_ROW, 32))}
+)
 
 
 @triton.jit
@@ -76,7 +82,7 @@ def _add_layer_norm_kernel(
 def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Launch ``layer_norm``. Shapes and dtypes were checked by ``gpt2rt.ops``; ``x`` needs contiguous rows."""
     num_tokens, n = x.shape
-    block, num_warps = _row_config("layer_norm", n)
+    block, num_warps = _row_config("layer_norm", x)
     y = torch.empty((num_tokens, n), dtype=x.dtype, device=x.device)
     if num_tokens:
         with on_device(x):
@@ -91,7 +97,7 @@ def add_layer_norm_triton(
 ) -> tuple[Tensor, Tensor]:
     """Launch ``add_layer_norm``. Shapes and dtypes were checked by ``gpt2rt.ops``; both inputs need contiguous rows."""
     num_tokens, n = x.shape
-    block, num_warps = _row_config("add_layer_norm", n)
+    block, num_warps = _row_config("add_layer_norm", x)
     y = torch.empty((num_tokens, n), dtype=x.dtype, device=x.device)
     total = torch.empty((num_tokens, n), dtype=x.dtype, device=x.device)
     if num_tokens:
@@ -114,10 +120,9 @@ def add_layer_norm_triton(
     return y, total
 
 
-def _row_config(op: str, n: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) for rows of ``n``: 8 elements a thread as long as the row is not longer than 8192."""
+def _row_config(op: str, x: Tensor) -> tuple[int, int]:
+    """(BLOCK, num_warps) for the rows of ``x``."""
+    n = x.size(1)
     if n > MAX_ROW:
         raise ValueError(f"{op}: rows have {n} elements, expected at most {MAX_ROW}; use the torch reference")
-    block = triton.next_power_of_2(n)
-    # starting point, not tuned on a device yet: one 16-byte load a thread in float16
-    return block, min(32, max(1, block // 256))
+    return triton.next_power_of_2(n), WARPS.find(architecture_of(x), ALL, n)

@@ -20,19 +20,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config_table import ConfigTable
 from .fused_linear import Append, Norm, Partials
 from .fusion import activated, let_dependents_start, normalised, store_qkv, wait_for_inputs
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, architecture_of, on_device
 from .merge_splits import SPLIT
 from .row_tiles import load_input, load_norm, load_tile, product_by_tiles, tile_product
 from .weights import CHUNK, DeviceWeight
 
-__all__ = ["MAX_SPLITS", "MAX_WHOLE_K", "RowsConfig", "fused_linear_rows_triton", "rows_config"]
+__all__ = ["MAX_SPLITS", "MAX_WHOLE_K", "RowsConfig", "RowsTile", "fused_linear_rows_triton", "rows_config"]
 
 # longest weight row that a program holds in registers; longer ones are read again for every row of x
 MAX_WHOLE_K = 8192
 # partial results that a program merges for itself; with more of them a kernel of its own is cheaper
 MAX_SPLITS = 8
+
+
+class RowsTile(NamedTuple):
+    """Weight rows of a program, and its warps."""
+
+    block_n: int
+    num_warps: int
 
 
 class RowsConfig(NamedTuple):
@@ -44,32 +52,34 @@ class RowsConfig(NamedTuple):
     segment: int
 
 
-# by bits of a weight: (longest row, weight rows of a program, warps), the first that fits: 32 or 64 weights a thread.
-# Narrow weights take more rows, for the work on x is done by every program. Starting points, not tuned on a device yet
-CONFIGS = {
-    16: ((2048, 4, 4), (MAX_WHOLE_K, 2, 8)),
-    8: ((1024, 8, 4), (2048, 4, 4), (4096, 4, 8), (MAX_WHOLE_K, 2, 8)),
-    4: ((1024, 8, 4), (2048, 8, 8), (4096, 4, 8), (MAX_WHOLE_K, 2, 8)),
-}
+# by bits of a weight: 32 or 64 weights a thread. Narrow weights take more rows, for the work on x is done by every
+# program. One table for all architectures: neither shared memory nor tensor cores are used, and registers are as many
+# on all of them. Starting points, not tuned on a device yet
+TILES: ConfigTable[RowsTile] = ConfigTable(
+    "linear_rows",
+    ("row of the weight",),
+    {
+        16: ((2048, RowsTile(4, 4)), (MAX_WHOLE_K, RowsTile(2, 8))),
+        8: ((1024, RowsTile(8, 4)), (2048, RowsTile(4, 4)), (4096, RowsTile(4, 8)), (MAX_WHOLE_K, RowsTile(2, 8))),
+        4: ((1024, RowsTile(8, 4)), (2048, RowsTile(8, 8)), (4096, RowsTile(4, 8)), (MAX_WHOLE_K, RowsTile(2, 8))),
+    },
+)
 FORMAT_BITS = {"dense": 16, "int8": 8, "int4": 4, "code4": 4}
 # rows that do not fit: tile by tile
 LOOPED = RowsConfig(4, 2048, 8, 2048)
 
 
-def rows_config(weight: DeviceWeight) -> RowsConfig:
-    """The tile for a weight; it depends on the weight alone, never on the rows of x."""
+def rows_config(weight: DeviceWeight, table: ConfigTable[RowsTile] = TILES) -> RowsConfig:
+    """The tile for a weight; it depends on the weight and the device alone, never on the rows of x."""
     k = weight.shape[1]
     if k > MAX_WHOLE_K:
         return LOOPED
     # a tile holds at least one group of 4-bit codes
     block_k = max(triton.next_power_of_2(k), 16, CHUNK if weight.group_size else 0, weight.group_size)
-    block_n, num_warps = next((n, warps) for most, n, warps in CONFIGS[FORMAT_BITS[weight.format]] if k <= most)
-    return RowsConfig(block_n, block_k, num_warps, segment_of(weight, block_n, block_k, num_warps))
-
-
-def segment_of(weight: DeviceWeight, block_n: int, block_k: int, num_warps: int) -> int:
-    """Elements that a warp reads by one 16-byte load a thread, if the program has a row for each warp; else all."""
-    return min(block_k, 512 // weight.data.element_size()) if block_n >= num_warps else block_k
+    block_n, num_warps = table.find(architecture_of(weight.data), FORMAT_BITS[weight.format], k)
+    # what a warp reads by one 16-byte load a thread, if the program has a row for each warp; else all
+    segment = min(block_k, 512 // weight.data.element_size()) if block_n >= num_warps else block_k
+    return RowsConfig(block_n, block_k, num_warps, segment)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots"])

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from .launch import on_device
 from .sampling_select import (
-    CHUNK,
     EXACT,
     MAX_LIST,
-    NUM_WARPS,
     UNIT,
     SelectWorkspace,
     key_of,
@@ -30,6 +28,7 @@ from .sampling_select import (
     launch_select,
     row_state,
     row_total,
+    select_tile,
     select_workspace,
 )
 from .score_refs import log_probabilities_ref
@@ -149,7 +148,8 @@ def log_probabilities_into_triton(
     k = best.size(1)
     if not num_rows:
         return
-    num_chunks = triton.cdiv(n, CHUNK)
+    tile = select_tile(scores)
+    num_chunks = triton.cdiv(n, tile.chunk)
     with on_device(scores):
         launch_maxima(scores, work.maxima, finite=False, work=work)
         launch_select(scores, work, fixed_k=k)
@@ -172,6 +172,6 @@ def log_probabilities_into_triton(
             CHUNKS=triton.next_power_of_2(num_chunks),
             MAX_LIST=MAX_LIST,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            num_warps=tile.num_warps,
             **EXACT,
         )

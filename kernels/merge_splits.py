@@ -17,13 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config_table import ALL, ConfigTable
 from .fusion import let_dependents_start, wait_for_inputs
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, architecture_of, on_device
 
-# tokens per split; a starting point, not tuned on a device yet
+# tokens per split; a starting point, not tuned on a device yet. Decides the bits of every row: the same everywhere
 SPLIT = 64
 # splits whose loads are under way at a time; changes no result
 _AT_ONCE = 8
+# warps: the splits follow one another, and more warps would wait for the same loads; starting points, not tuned on a
+# device yet
+WARPS: ConfigTable[int] = ConfigTable("merge_splits", ("head_dim",), {ALL: ((128, 1), (256, 2), (None, 4))})
 
 
 @triton.jit
@@ -120,8 +124,7 @@ def merge_splits_triton(values: Tensor, lse: Tensor, seq_lens: Tensor, out: Tens
             AT_ONCE=_AT_ONCE,
             BLOCK_D=block_d,
             PDL=pdl,
-            # the splits follow one another: more warps would wait for the same loads; not tuned on a device yet
-            num_warps=max(1, block_d // 128),
+            num_warps=WARPS.find(architecture_of(values), ALL, head_dim),
             launch_pdl=pdl,
             **OPTIONS,
         )

@@ -11,15 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config_table import ALL, ConfigTable
 from .fused_linear import Norm
 from .fusion import let_dependents_start, normalised, wait_for_inputs
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, architecture_of, on_device
 from .refs import compute_dtype, layer_norm_ref
 
 __all__ = ["norm_rows_ref", "norm_rows_triton"]
 
 # longer rows would spill, see layer_norm.py
 MAX_ROW = 32768
+# warps: 4 float32 elements a thread, one 16-byte load, as long as the row is not longer than 4096; see layer_norm.py.
+# Starting points, not tuned on a device yet
+WARPS: ConfigTable[int] = ConfigTable(
+    "norm_rows", ("row",), {ALL: ((128, 1), (256, 2), (512, 4), (1024, 8), (2048, 16), (MAX_ROW, 32))}
+)
 
 
 def norm_rows_ref(x: Tensor, norm: Norm | None, rows: Tensor | None = None) -> Tensor:
@@ -102,8 +108,7 @@ def norm_rows_triton(
             HAS_NORM=norm is not None,
             BLOCK=block,
             PDL=pdl,
-            # 4 float32 elements a thread: one 16-byte load
-            num_warps=min(32, max(1, block // 128)),
+            num_warps=WARPS.find(architecture_of(x), ALL, n),
             **({"launch_pdl": True} if pdl else {}),
             **OPTIONS,
         )

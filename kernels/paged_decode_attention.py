@@ -28,9 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_invariant_attention import tile_partials_triton
+from .config_table import ConfigTable
 from .fusion import let_dependents_start, wait_for_inputs
 from .kv_formats import cache_format, decoded, decoded_scales, stored
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, architecture_of, on_device
 from .merge_splits import SPLIT, merge_splits_triton
 from .refs import paged_decode_attention_ref
 
@@ -52,16 +53,20 @@ class DecodeTile(NamedTuple):
     num_stages: int
 
 
-# by bytes of a stored element: (largest padded head_dim, tile), the first that fits. Two stages of 32 tokens have all
-# loads of a split under way before the first is waited for; with one stage of 64 the assembler moves the loads of
-# values behind the wait for keys (seen in sm_90 code). Two warps need two thirds of the instructions of four, and 8-bit
-# caches are near the limit of instructions. Starting points beyond that, not tuned on a device yet. The order of the
-# additions follows the tile, so it is never chosen by the batch
-TILES = {
-    1: ((64, DecodeTile(32, 2, 2)), (128, DecodeTile(32, 4, 2)), (256, DecodeTile(32, 8, 2))),
-    2: ((64, DecodeTile(32, 2, 2)), (128, DecodeTile(32, 4, 2)), (256, DecodeTile(16, 4, 2))),
-    4: ((64, DecodeTile(32, 4, 2)), (128, DecodeTile(16, 4, 2)), (256, DecodeTile(16, 8, 2))),
-}
+# by bytes of a stored element. Two stages of 32 tokens have all loads of a split under way before the first is waited
+# for; with one stage of 64 the assembler moves the loads of values behind the wait for keys (seen in sm_90 code). Two
+# warps need two thirds of the instructions of four, and 8-bit caches are near the limit of instructions. Starting
+# points beyond that, not tuned on a device yet. The order of the additions follows the tile, so it is never chosen by
+# the batch. No architecture differs: the stages fit the shared memory of all
+TILES: ConfigTable[DecodeTile] = ConfigTable(
+    "paged_decode_attention",
+    ("head_dim",),
+    {
+        1: ((64, DecodeTile(32, 2, 2)), (128, DecodeTile(32, 4, 2)), (256, DecodeTile(32, 8, 2))),
+        2: ((64, DecodeTile(32, 2, 2)), (128, DecodeTile(32, 4, 2)), (256, DecodeTile(16, 4, 2))),
+        4: ((64, DecodeTile(32, 4, 2)), (128, DecodeTile(16, 4, 2)), (256, DecodeTile(16, 8, 2))),
+    },
+)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "max_blocks_per_seq", "num_splits"])
@@ -160,7 +165,6 @@ def paged_decode_partials_triton(
     *,
     batch_invariant: bool = False,
     pdl: bool = False,
-    tile: DecodeTile | None = None,
 ) -> None:
     """Attend to each split of the context; launches one kernel and allocates nothing.
 
@@ -175,7 +179,6 @@ def paged_decode_partials_triton(
         key_scales, value_scales: [num_blocks, H, block_size] float32 of an 8-bit cache, else None.
         batch_invariant: the arithmetic of the batch-invariant prefill, so that a token has the same bits in either.
         pdl: programmatic dependent launch (fusion.py).
-        tile: instead of that of ``TILES``, to compare with it; not with ``batch_invariant``.
 
     Raises:
         ValueError: ``head_dim`` is above 256.
@@ -192,7 +195,7 @@ def paged_decode_partials_triton(
         caches = (key_cache, value_cache, key_scales, value_scales)
         tile_partials_triton(query, *caches, block_table, seq_lens, values, lse, scale, pdl=pdl)
         return
-    tile = tile or next(t for most, t in TILES[key_cache.element_size()] if block_d <= most)
+    tile = TILES.find(architecture_of(query), key_cache.element_size(), head_dim)
     with on_device(query):
         _paged_decode_partials_kernel[(num_seqs, n_head, num_splits)](
             query,

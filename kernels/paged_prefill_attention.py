@@ -20,7 +20,8 @@ multiplied as codes, exactly, and their scales join ``scale``; 8-bit values beco
 one rounding, as weights times scale would leave the range of float16.
 
 Key tiles start at absolute positions 0, BLOCK_N, 2 BLOCK_N, ..., and a tile that lies in a query's future leaves its m,
-l and acc untouched bit for bit. So a row depends neither on the other rows nor on how the prompt was cut into chunks.
+l and acc untouched bit for bit. So with one tile a row depends neither on the other rows nor on how the prompt was cut
+into chunks; batch_invariant has one.
 
 A block id outside the cache cannot raise on a device without waiting for it: rows that see such a block become NaN, and
 nothing is read outside the cache. Rows of ``query`` after ``query_start_loc[-1]`` are not computed.
@@ -35,9 +36,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_invariant_attention import tile_attention_triton
+from .config_table import ConfigTable
 from .fusion import let_dependents_start, wait_for_inputs
 from .kv_formats import cache_format, decoded, decoded_scales, dot_dtype, operand, stored
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, architecture_of, on_device
 from .refs import paged_prefill_attention_ref
 
 __all__ = [
@@ -57,15 +59,36 @@ class PrefillTile(NamedTuple):
     num_stages: int
 
 
-# by bytes of a stored element (float32 products: 4): (largest padded head_dim, tile), the first that fits; starting
-# points, not tuned on a device yet, that fit the shared memory of every target. 8-bit codes are decoded in registers,
-# where tiles of 64 keys would spill on sm_80. Never by the length of the queries: whether tiles of 64 and of 128 rows
-# give the same bits is for a device to show, and until then a row must take the same instructions in every batch
-TILES = {
-    1: ((64, PrefillTile(64, 32, 4, 2)), (128, PrefillTile(64, 32, 8, 2)), (256, PrefillTile(64, 32, 8, 2))),
-    2: ((64, PrefillTile(64, 64, 4, 2)), (128, PrefillTile(64, 32, 4, 2)), (256, PrefillTile(64, 32, 8, 2))),
-    4: ((64, PrefillTile(32, 32, 4, 1)), (128, PrefillTile(16, 32, 4, 1)), (256, PrefillTile(16, 16, 4, 1))),
-}
+# queries of all heads of the longest sequence: with more of them, tiles of 128 are still as many as the programs that
+# fill a device of 132 multiprocessors; a constant, so that a tile does not depend on the device
+FEW_QUERIES = 144 * 128
+# by bytes of a stored element (float32 products: 4); starting points, not tuned on a device yet. 128 rows read each key
+# half as often as 64. Both go through tiles of 64 keys with a warp for 16 rows and the same instructions (seen in the
+# compiled layouts of sm_80, sm_90 and sm_120; sm_100 has others), so the bits of a row should be the same, which is for
+# a device to show. Neither spills on any architecture, and both take less shared memory than the least (24 to 50 KiB).
+# 8-bit codes are decoded in registers, where tiles of 64 keys would spill on sm_80, and 128 rows of them on sm_86
+TILES: ConfigTable[PrefillTile] = ConfigTable(
+    "paged_prefill_attention",
+    ("queries of all heads", "head_dim"),
+    {
+        1: (
+            (None, 64, PrefillTile(64, 32, 4, 2)),
+            (None, 128, PrefillTile(64, 32, 8, 2)),
+            (None, 256, PrefillTile(64, 32, 8, 2)),
+        ),
+        2: (
+            (FEW_QUERIES, 64, PrefillTile(64, 64, 4, 2)),
+            (None, 64, PrefillTile(128, 64, 8, 2)),
+            (None, 128, PrefillTile(64, 32, 4, 2)),
+            (None, 256, PrefillTile(64, 32, 8, 2)),
+        ),
+        4: (
+            (None, 64, PrefillTile(32, 32, 4, 1)),
+            (None, 128, PrefillTile(16, 32, 4, 1)),
+            (None, 256, PrefillTile(16, 16, 4, 1)),
+        ),
+    },
+)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "max_blocks_per_seq"])
@@ -181,7 +204,6 @@ def paged_prefill_into_triton(
     *,
     batch_invariant: bool = False,
     pdl: bool = False,
-    tile: PrefillTile | None = None,
 ) -> None:
     """Attend to the cache; launches one kernel and allocates nothing.
 
@@ -191,14 +213,13 @@ def paged_prefill_into_triton(
         block_table: [S, max_blocks_per_seq] int32.
         seq_lens: [S] int32.
         query_start_loc: [S + 1] int32; a query length may be 0.
-        max_query_len: the largest query length (a bound is enough).
+        max_query_len: the largest query length (a bound is enough); the tile follows it.
         out: [T, H, D] or [T, H * D] in a storage dtype, all but the first dimension contiguous; written up to row
             ``query_start_loc[-1]``.
         scale: of the scores.
         key_scales, value_scales: [num_blocks, H, block_size] float32 of an 8-bit cache, else None.
         batch_invariant: a token gets the bits that decoding with ``batch_invariant=True`` gives it.
         pdl: programmatic dependent launch (fusion.py).
-        tile: instead of that of ``TILES``, to compare with it; not with ``batch_invariant``.
 
     Raises:
         ValueError: ``head_dim`` is above 256.
@@ -217,7 +238,7 @@ def paged_prefill_into_triton(
         return
     dot = dot_dtype(query, key_cache)
     stored_bytes = 4 if dot == tl.float32 else key_cache.element_size()
-    tile = tile or next(t for most, t in TILES[stored_bytes] if block_d <= most)
+    tile = TILES.find(architecture_of(query), stored_bytes, n_head * max_query_len, head_dim)
     with on_device(query):
         _paged_prefill_attention_kernel[(triton.cdiv(max_query_len, tile.block_m), n_head, seq_lens.shape[0])](
             query,

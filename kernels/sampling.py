@@ -29,10 +29,8 @@ from .launch import on_device
 from .sampling_refs import argmax_ref, sample_ref, sampling_weights_ref
 from .sampling_select import BINS as NUM_BINS
 from .sampling_select import (
-    CHUNK,
     EXACT,
     MAX_LIST,
-    NUM_WARPS,
     UNIT,
     SelectWorkspace,
     bin_edge,
@@ -43,6 +41,7 @@ from .sampling_select import (
     load_scores,
     row_filters,
     row_state,
+    select_tile,
     select_workspace,
     tempered,
     weight_of,
@@ -315,7 +314,8 @@ def _draw_kernel(
 def argmax_triton(scores: Tensor, finite: bool) -> Tensor:
     """Launch ``argmax``. Shapes and dtypes were checked by ``gpt2rt.ops``."""
     num_rows, n = scores.shape
-    num_chunks = triton.cdiv(n, CHUNK)
+    tile = select_tile(scores)
+    num_chunks = triton.cdiv(n, tile.chunk)
     maxima = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=scores.device)
     places = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=scores.device)
     out = torch.empty((num_rows,), dtype=torch.int64, device=scores.device)
@@ -336,7 +336,7 @@ def argmax_into_triton(scores: Tensor, out: Tensor, maxima: Tensor, places: Tens
     num_rows, n = scores.shape
     if not num_rows:
         return
-    num_chunks = triton.cdiv(n, CHUNK)
+    num_chunks = triton.cdiv(n, select_tile(scores).chunk)
     with on_device(scores):
         launch_maxima(scores, maxima, finite=finite, places=places)
         _first_maximum_kernel[(num_rows,)](
@@ -347,7 +347,8 @@ def argmax_into_triton(scores: Tensor, out: Tensor, maxima: Tensor, places: Tens
 def sampling_weights_triton(scores: Tensor) -> Tensor:
     """Launch ``sampling_weights``. Shapes and dtypes were checked by ``gpt2rt.ops``."""
     num_rows, n = scores.shape
-    num_chunks = triton.cdiv(n, CHUNK)
+    tile = select_tile(scores)
+    num_chunks = triton.cdiv(n, tile.chunk)
     maxima = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=scores.device)
     out = torch.empty((num_rows, n), dtype=torch.int64, device=scores.device)
     if num_rows:
@@ -360,9 +361,9 @@ def sampling_weights_triton(scores: Tensor) -> Tensor:
                 scores.stride(0),
                 n,
                 num_chunks,
-                CHUNK=CHUNK,
+                CHUNK=tile.chunk,
                 CHUNKS=triton.next_power_of_2(num_chunks),
-                num_warps=NUM_WARPS,
+                num_warps=tile.num_warps,
                 **EXACT,
             )
     return out
@@ -424,7 +425,8 @@ def sample_into_triton(
     num_rows, n = scores.shape
     if not num_rows:
         return
-    num_chunks = triton.cdiv(n, CHUNK)
+    tile = select_tile(scores)
+    num_chunks = triton.cdiv(n, tile.chunk)
     settings = [scores if setting is None else setting for setting in (temperature, top_k, top_p, min_p)]
     with on_device(scores):
         launch_maxima(scores, work.maxima, finite=finite, work=work)
@@ -447,12 +449,12 @@ def sample_into_triton(
             HAS_TOP_K=top_k is not None,
             HAS_TOP_P=top_p is not None,
             HAS_MIN_P=min_p is not None,
-            CHUNK=CHUNK,
+            CHUNK=tile.chunk,
             CHUNKS=triton.next_power_of_2(num_chunks),
             BINS=NUM_BINS,
             MAX_LIST=MAX_LIST,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            num_warps=tile.num_warps,
             # without a word on registers ptxas of triton 3.9 stops at 64 for sm_80 and spills
             maxnreg=128,
             **EXACT,

@@ -1,6 +1,6 @@
 """What sampling and log-probabilities share on a GPU: integer weights, and short lists of the tokens that matter.
 
-A row of scores is cut into chunks of ``CHUNK``, so that a single row keeps many processors busy, and read three times:
+A row of scores is cut into chunks, so that a single row keeps many processors busy, and read three times:
 
     maxima    the largest score of each chunk
     weigh     the sum of each chunk's weights, which are those of sampling_refs.py; and for rows with top_k or top_p a
@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# scores a program reads: 25 programs for a row of GPT-2's vocabulary; starting points, not tuned on a device yet
-CHUNK = 2048
-NUM_WARPS = 8
+from .config_table import ALL, ConfigTable
+from .launch import architecture_of, architecture_of_device
+
 # exp(-30) is less than the unit of weight
 REACH = 30
 BINS_PER_UNIT = 32
@@ -39,6 +39,18 @@ BINS = 1024  # a power of two above REACH * BINS_PER_UNIT
 MAX_LIST = 8192
 # the definition's chain of multiplications and additions has a rounding at each
 EXACT = {"enable_fp_fusion": False}
+
+
+class SelectTile(NamedTuple):
+    """Scores of a chunk, which a program reads, and its warps."""
+
+    chunk: int
+    num_warps: int
+
+
+# 25 programs for a row of GPT-2's vocabulary; a starting point, not tuned on a device yet. The outcome is the same with
+# any. Without limits: one size of chunks serves all vocabularies, so that a workspace fits those that are smaller too
+TILES: ConfigTable[SelectTile] = ConfigTable("sampling", (), {ALL: ((SelectTile(2048, 8),),)})
 
 _BINS_PER_UNIT = tl.constexpr(BINS_PER_UNIT)
 _USED_BINS = tl.constexpr(REACH * BINS_PER_UNIT)
@@ -71,6 +83,11 @@ class SelectWorkspace(NamedTuple):
     list_ids: Tensor
 
 
+def select_tile(scores: Tensor) -> SelectTile:
+    """How rows of ``scores`` are cut."""
+    return TILES.find(architecture_of(scores), ALL)
+
+
 def select_workspace(num_rows: int, vocab_size: int, device: torch.device | str) -> SelectWorkspace:
     """Memory for up to ``num_rows`` rows of up to ``vocab_size`` scores: 136 KiB a row and a little.
 
@@ -79,7 +96,7 @@ def select_workspace(num_rows: int, vocab_size: int, device: torch.device | str)
         vocab_size: V.
         device: where the scores are.
     """
-    num_chunks = triton.cdiv(vocab_size, CHUNK)
+    num_chunks = triton.cdiv(vocab_size, TILES.find(architecture_of_device(device), ALL).chunk)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -332,7 +349,9 @@ def launch_maxima(
     num_rows, n = scores.shape
     # where there is nothing to write any tensor serves
     bins, found = (maxima, maxima) if work is None else (work.bins, work.found)
-    _maxima_kernel[(num_rows, triton.cdiv(n, CHUNK))](
+    tile = select_tile(scores)
+    num_chunks = triton.cdiv(n, tile.chunk)
+    _maxima_kernel[(num_rows, num_chunks)](
         scores,
         maxima,
         maxima if places is None else places,
@@ -340,13 +359,13 @@ def launch_maxima(
         found,
         scores.stride(0),
         n,
-        triton.cdiv(n, CHUNK),
+        num_chunks,
         FINITE=finite,
         PLACES=places is not None,
         CLEAR=work is not None,
-        CHUNK=CHUNK,
+        CHUNK=tile.chunk,
         BINS=BINS,
-        num_warps=NUM_WARPS,
+        num_warps=tile.num_warps,
         **EXACT,
     )
 
@@ -362,7 +381,8 @@ def launch_select(
 ) -> None:
     """After :func:`launch_maxima`: weights of chunks, and the list if there is top_k, top_p or ``fixed_k``."""
     num_rows, n = scores.shape
-    num_chunks = triton.cdiv(n, CHUNK)
+    tile = select_tile(scores)
+    num_chunks = triton.cdiv(n, tile.chunk)
     lists = top_k is not None or top_p is not None or fixed_k > 0
     # where there is no setting any tensor serves, it is not read
     settings = [scores if setting is None else setting for setting in (temperature, top_k, top_p)]
@@ -371,10 +391,10 @@ def launch_select(
         "HAS_TEMPERATURE": temperature is not None,
         "HAS_TOP_K": top_k is not None,
         "HAS_TOP_P": top_p is not None,
-        "CHUNK": CHUNK,
+        "CHUNK": tile.chunk,
         "CHUNKS": triton.next_power_of_2(num_chunks),
         "BINS": BINS,
-        "num_warps": NUM_WARPS,
+        "num_warps": tile.num_warps,
         **EXACT,
     }
     grid = (num_rows, num_chunks)

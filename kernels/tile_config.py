@@ -1,7 +1,7 @@
-"""Tiles of ``linear_tiles.py``: static tables, no tuning at run time.
+"""Tiles of ``linear_tiles.py``.
 
 A tile is chosen by the architecture, by the bytes of the products' dtype, by whether the weight has 4 bits (whose tiles
-are longer in K, so that a thread still loads 16 bytes of it), by the width of the output and by M in buckets. Stages go
+are longer in K, so that a thread still loads 16 bytes of it), by M in buckets and by the width of the output. Stages go
 down to what fits the shared memory of a block, 99 KiB on the smallest targets. Up to ``FEW_ROWS`` rows one table serves
 all architectures, since blocks and splits of K decide a row's bits, which must not depend on the device. Starting
 points, not tuned on a device yet.
@@ -11,13 +11,10 @@ Imports nothing but the standard library.
 
 from typing import NamedTuple
 
+from .config_table import LEAST_SHARED_BYTES, SHARED_BYTES, ConfigTable, Line
+
 #: up to so many rows mma.sync tiles are taken, K is split, and layer norm can be a prologue
 FEW_ROWS = 64
-#: what the operands of all stages together may take of shared memory, by architecture (CUDA C++ programming guide,
-#: technical specifications by compute capability)
-SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-#: of architectures that are not in the table
-LEAST_SHARED_BYTES = 99 * 1024
 # programs that draw the memory's bandwidth on a device of 132 multiprocessors; a constant, so that the split, and with
 # it a row's bits, do not depend on the device
 PROGRAMS = 144
@@ -35,53 +32,49 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (largest M, largest N, tile), the first that fits; None: any
-Table = tuple[tuple[int | None, int | None, Tile], ...]
 # products in float32 hold their slices of K in registers: narrow tiles, for every format
-FLOAT32: Table = (
+FLOAT32: tuple[Line, ...] = (
     (16, None, Tile(16, 32, 32, 4, 2)),
     (FEW_ROWS, None, Tile(32, 32, 32, 4, 2)),
     (None, None, Tile(64, 64, 16, 8, 3)),
 )
-# (bytes of a product's operand, 4-bit weight): tiles. Blocks of 16 and 32 rows are mma.sync on every target, those of
-# 64 and 128 wgmma on sm_90; float32 multiplies and adds in registers. Wide outputs take wider tiles: every column tile
-# reads all of x again
-TILES: dict[tuple[int, bool], Table] = {
-    (2, False): (
-        (16, None, Tile(16, 32, 64, 4, 4)),
-        (FEW_ROWS, 2048, Tile(32, 32, 64, 4, 4)),
-        (FEW_ROWS, None, Tile(32, 64, 64, 4, 4)),
-        (256, None, Tile(64, 64, 64, 4, 4)),
-        (None, 2048, Tile(128, 64, 64, 4, 4)),
-        (None, None, Tile(128, 128, 64, 8, 3)),
-    ),
-    (2, True): (
-        (16, None, Tile(16, 32, 128, 4, 4)),
-        (FEW_ROWS, 2048, Tile(32, 32, 128, 4, 4)),
-        (FEW_ROWS, None, Tile(32, 64, 64, 4, 4)),
-        (256, None, Tile(64, 64, 64, 4, 4)),
-        (None, 2048, Tile(128, 64, 64, 4, 4)),
-        (None, None, Tile(128, 128, 64, 8, 3)),
-    ),
-    (4, False): FLOAT32,
-    (4, True): FLOAT32,
-}
-#: architecture -> what its table has instead: (rows and columns as in the table, tile). sm_80 has room for one block of
-#: the largest tile with three stages or with four; sm_90 and sm_100 for two with three and one with four
-OTHER_TILES: dict[int, dict[tuple[int, bool], Table]] = {
-    80: {
-        (2, False): ((None, None, Tile(128, 128, 64, 8, 4)),),
-        (2, True): ((None, None, Tile(128, 128, 64, 8, 4)),),
+# sm_86, sm_89 and sm_120 have 100 KiB of shared memory in a multiprocessor: room for two blocks of 128 x 64 with three
+# stages and for one with four (48 and 72 KiB in the compiled kernels). The others have room for two with four. Stages
+# change no bits
+OF_100_KIB: tuple[Line, ...] = ((None, 2048, Tile(128, 64, 64, 4, 3)),)
+# by (bytes of a product's operand, 4-bit weight). Blocks of 16 and 32 rows are mma.sync on every target, those of 64
+# and 128 wgmma on sm_90; float32 multiplies and adds in registers. Wide outputs take wider tiles: every column tile
+# reads all of x again. The registers of the largest tile leave room for one block, so its stages take what memory there
+# is
+TILES: ConfigTable[Tile] = ConfigTable(
+    "linear_tiles",
+    ("rows", "columns"),
+    {
+        (2, False): (
+            (16, None, Tile(16, 32, 64, 4, 4)),
+            (FEW_ROWS, 2048, Tile(32, 32, 64, 4, 4)),
+            (FEW_ROWS, None, Tile(32, 64, 64, 4, 4)),
+            (256, None, Tile(64, 64, 64, 4, 4)),
+            (None, 2048, Tile(128, 64, 64, 4, 4)),
+            (None, None, Tile(128, 128, 64, 8, 4)),
+        ),
+        (2, True): (
+            (16, None, Tile(16, 32, 128, 4, 4)),
+            (FEW_ROWS, 2048, Tile(32, 32, 128, 4, 4)),
+            (FEW_ROWS, None, Tile(32, 64, 64, 4, 4)),
+            (256, None, Tile(64, 64, 64, 4, 4)),
+            (None, 2048, Tile(128, 64, 64, 4, 4)),
+            (None, None, Tile(128, 128, 64, 8, 4)),
+        ),
+        (4, False): FLOAT32,
+        (4, True): FLOAT32,
     },
-}
-
-
-def table_for(architecture: int, product_bytes: int, four_bits: bool) -> Table:
-    """The tiles of an architecture, each line as :data:`Table` has it."""
-    others = OTHER_TILES.get(architecture, {}).get((product_bytes, four_bits), ())
-    instead = {(rows, columns): tile for rows, columns, tile in others}
-    lines = TILES[product_bytes, four_bits]
-    return tuple((rows, columns, instead.get((rows, columns), tile)) for rows, columns, tile in lines)
+    others={
+        86: {(2, False): OF_100_KIB, (2, True): OF_100_KIB},
+        89: {(2, False): OF_100_KIB, (2, True): OF_100_KIB},
+        120: {(2, False): OF_100_KIB, (2, True): OF_100_KIB},
+    },
+)
 
 
 def tile_for(
@@ -109,11 +102,9 @@ def tile_for(
     # half as often as one of 16
     rows = FEW_ROWS if batch_invariant else num_rows
     room = SHARED_BYTES.get(architecture, LEAST_SHARED_BYTES)
-    for most_rows, most_columns, tile in table_for(architecture, product_bytes, four_bits):
-        if (most_rows is None or rows <= most_rows) and (most_columns is None or n <= most_columns):
-            stage = tile.block_k * (tile.block_m * max(x_bytes, product_bytes) + tile.block_n * product_bytes)
-            return tile._replace(num_stages=max(2, min(tile.num_stages, room // stage)))
-    raise AssertionError(f"no tile for {num_rows} rows and {n} columns")
+    tile = TILES.find(architecture, (product_bytes, four_bits), rows, n)
+    stage = tile.block_k * (tile.block_m * max(x_bytes, product_bytes) + tile.block_n * product_bytes)
+    return tile._replace(num_stages=max(2, min(tile.num_stages, room // stage)))
 
 
 def splits_for(n: int, k: int, tile: Tile) -> tuple[int, int]:

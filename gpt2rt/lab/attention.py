@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt2rt.kernels import refs
 from gpt2rt.kernels.fused_linear import Partials, merge_partials_ref
 
-from .problem import Place, Problem, load, poison, size_of
+from .problem import Place, Problem, load, poison, size_of, tried
 
 BLOCK_SIZE = 16
 SPLIT = 64
@@ -76,11 +76,6 @@ def _several(place: Place, first: Paged) -> list[Paged]:
     ]
 
 
-def tiled(run: Callable[..., Any], tile: Any) -> Callable[[int], Any]:
-    """A call with another tile."""
-    return lambda i: run(i, tile=tile)
-
-
 def write_kv(place: Place, *, rows: int, heads: int, head_dim: int, cache: str) -> Problem:
     qkv = place.normal(rows, 3, heads, head_dim)
     key, value = qkv[:, 1], qkv[:, 2]
@@ -138,6 +133,7 @@ def paged_decode_attention(place: Place, *, seqs: int, context: int, heads: int,
         forms.pop("C++", None)
     if place.has_triton:
         from gpt2rt.kernels.paged_decode_attention import (
+            TILES,
             DecodeTile,
             merge_splits_triton,
             paged_decode_partials_triton,
@@ -158,7 +154,7 @@ def paged_decode_attention(place: Place, *, seqs: int, context: int, heads: int,
         forms["Triton: batch invariant"] = lambda i: run(i, batch_invariant=True)
         if place.device.type == "cuda":
             for name, numbers in DECODE_VARIANTS.items():
-                forms[f"Triton: {name}"] = tiled(run, DecodeTile(*numbers))
+                forms[f"Triton: {name}"] = tried(TILES, DecodeTile(*numbers), run)
     whole = [store.contiguous(place.dtype) for store in stores]
     forms["torch, contiguous"] = lambda i: F.scaled_dot_product_attention(query[:, :, None], *whole[i])[:, :, 0]
 
@@ -202,7 +198,7 @@ def paged_prefill_attention(
         # the float8 cache is the GPU's
         forms.pop("C++", None)
     if place.has_triton:
-        from gpt2rt.kernels.paged_prefill_attention import PrefillTile, paged_prefill_into_triton
+        from gpt2rt.kernels.paged_prefill_attention import TILES, PrefillTile, paged_prefill_into_triton
 
         out = torch.empty(query.shape, dtype=place.dtype, device=place.device)
 
@@ -216,7 +212,7 @@ def paged_prefill_attention(
         forms["Triton: batch invariant"] = lambda i: run(i, batch_invariant=True)
         if place.device.type == "cuda" and place.dtype.itemsize == 2 and head_dim <= 64:
             for name, numbers in PREFILL_VARIANTS.items():
-                forms[f"Triton: {name}"] = tiled(run, PrefillTile(*numbers))
+                forms[f"Triton: {name}"] = tried(TILES, PrefillTile(*numbers), run)
     if queries == context:
         whole = [store.contiguous(place.dtype) for store in stores]
 

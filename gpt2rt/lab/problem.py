@@ -132,9 +132,17 @@ class Problem:
         """
         if form in self.unchecked:
             return None
+        return largest_error(self.results(form), self.expected())
+
+    def results(self, form: str) -> tuple[Tensor, ...]:
+        """What a form gives on copy 0, as it is compared; may share memory with what the next call gives."""
         self.prepare()
-        results = _as_tuple(self.outputs(self.forms[form](0)))
-        return max(error_of(r, e) for r, e in zip(results, _as_tuple(self.expected()), strict=True))
+        return _as_tuple(self.outputs(self.forms[form](0)))
+
+
+def largest_error(results: Any, expected: Any) -> float:
+    """The largest :func:`error_of` of several results."""
+    return max(error_of(r, e) for r, e in zip(_as_tuple(results), _as_tuple(expected), strict=True))
 
 
 def error_of(result: Tensor, expected: Tensor) -> float:
@@ -171,7 +179,7 @@ def poison(*tensors: Tensor) -> None:
 
 @contextlib.contextmanager
 def patched(module: str, name: str, value: Any) -> Iterator[None]:
-    """A module of ``gpt2rt.kernels`` with another value for one of its names: how a variant of a table is tried."""
+    """A module of ``gpt2rt.kernels`` with another value for one of its names: how what is switched off is tried."""
     target = importlib.import_module(f"gpt2rt.kernels.{module}")
     before = getattr(target, name)
     setattr(target, name, value)
@@ -186,6 +194,16 @@ def variant(module: str, name: str, value: Any, run: Callable[[int], Any]) -> Ca
 
     def call(copy: int) -> Any:
         with patched(module, name, value):
+            return run(copy)
+
+    return call
+
+
+def tried(table: Any, config: Any, run: Callable[[int], Any]) -> Callable[[int], Any]:
+    """``run`` with another configuration than those of a table (``gpt2rt.kernels.config_table``)."""
+
+    def call(copy: int) -> Any:
+        with table.trying(config):
             return run(copy)
 
     return call

@@ -14,7 +14,7 @@ from gpt2rt.kernels.fused_linear import Append, Norm, Partials, fused_linear_ref
 from gpt2rt.kernels.quantized_linear import quantized_linear_ref
 from gpt2rt.ops.cuda_extension import cuda_extension_status
 
-from .problem import Place, Problem, load, poison, size_of, variant
+from .problem import Place, Problem, load, poison, size_of, tried
 from .rows import EPS
 from .weights import copies_of, make_weight, random_codes
 
@@ -23,7 +23,7 @@ SPLIT = 64
 #: up to so many rows the tiles take a norm in
 MAX_NORM_ROWS = 64
 BLOCK_SIZE = 16
-#: variants that are tried beside the tables: name -> arguments of rows_config's and tile_for's results
+#: variants that are tried beside the tables: name -> arguments of RowsTile and Tile
 ROWS_VARIANTS = {"n2 w4": (2, 4), "n4 w4": (4, 4), "n8 w4": (8, 4), "n8 w8": (8, 8)}
 TILE_VARIANTS = {
     "16x32x64": (16, 32, 64, 4, 4),
@@ -206,20 +206,21 @@ def _fused_forms(place, kernel, x, weights, bias, out, rows: int, options) -> di
 
             forms["CUDA C++"] = run_cuda
         if place.device.type == "cuda" and rows == 1 and weight.shape[1] <= 8192:
-            from gpt2rt.kernels.linear_rows import rows_config
+            from gpt2rt.kernels.linear_rows import TILES as ROWS_TILES
+            from gpt2rt.kernels.linear_rows import RowsTile, rows_config
 
-            usual = rows_config(weight)
-            for name, (block_n, num_warps) in ROWS_VARIANTS.items():
+            for name, numbers in ROWS_VARIANTS.items():
                 # more than 128 weights a thread would spill
-                if block_n * usual.block_k <= 128 * 32 * num_warps:
-                    changed = usual._replace(block_n=block_n, num_warps=num_warps)
-                    forms[f"Triton: {name}"] = variant("linear_rows", "rows_config", lambda w, c=changed: c, run)
+                if numbers[0] * rows_config(weight).block_k <= 128 * 32 * numbers[1]:
+                    forms[f"Triton: {name}"] = tried(ROWS_TILES, RowsTile(*numbers), run)
         return forms
     launch = load("linear_tiles:fused_linear_tiles_triton")
     needed = load("linear_tiles:workspace_bytes")
 
     def space(**which: bool) -> Tensor:
-        return torch.zeros(needed(weight, rows, **which), dtype=torch.uint8, device=place.device)
+        # other tiles split K into more parts, each of at least 128 elements
+        most = weight.shape[1] // 128 * min(rows, MAX_NORM_ROWS) * weight.shape[0] * 4
+        return torch.zeros(max(most, needed(weight, rows, **which)), dtype=torch.uint8, device=place.device)
 
     normal, invariant = space(), space(batch_invariant=True)
 
@@ -233,13 +234,12 @@ def _fused_forms(place, kernel, x, weights, bias, out, rows: int, options) -> di
 
     forms = {"Triton": tiles, "Triton: batch invariant": tiles_invariant}
     # one role and format of many rows: each variant costs a compilation
-    tried = place.device.type == "cuda" and rows > MAX_NORM_ROWS and "activation" in options
-    if tried and place.dtype.itemsize == 2 and weight.format == "dense":
-        from gpt2rt.kernels.tile_config import Tile
+    worth = place.device.type == "cuda" and rows > MAX_NORM_ROWS and "activation" in options
+    if worth and place.dtype.itemsize == 2 and weight.format == "dense":
+        from gpt2rt.kernels.tile_config import TILES, Tile
 
-        for name, numbers in TILE_VARIANTS.items():
-            tile = Tile(*numbers)
-            forms[f"Triton: {name}"] = variant("linear_tiles", "tile_for", lambda *_, t=tile, **__: t, tiles)
+        for name, sizes in TILE_VARIANTS.items():
+            forms[f"Triton: {name}"] = tried(TILES, Tile(*sizes), tiles)
     return forms
 
 
@@ -272,7 +272,8 @@ def head_argmax(place: Place, *, rows: int, k: int, n: int, format: str) -> Prob
     forms: dict[str, Callable[[int], Any]] = {}
     if place.has_triton:
         launch = load("head:head_argmax_triton")
-        work = torch.zeros(load("head:head_workspace_bytes")(weight, rows), dtype=torch.uint8, device=place.device)
+        # a key for each row of the weight is what the smallest tile needs
+        work = torch.zeros(8 * rows * n, dtype=torch.uint8, device=place.device)
 
         def run(i: int) -> tuple[Tensor, Tensor]:
             launch(x, weights[i], norm, None, ids, best, work)

@@ -14,8 +14,8 @@ from kernel_weights import make_weight
 
 from gpt2rt.kernels.fused_linear import Norm
 from gpt2rt.kernels.head import (
-    CONFIGS,
     KEYS,
+    LINES,
     _largest_key_kernel,
     head_argmax_ref,
     head_argmax_triton,
@@ -60,7 +60,7 @@ def test_matches_definition(m, n, k, kind, cut_rows):
     assert torch.equal(again[1], best)
 
 
-@pytest.mark.parametrize("k", [*(most - 3 for most, _, _ in CONFIGS), MAX_WHOLE_K + 3])
+@pytest.mark.parametrize("k", [*(most - 3 for most, _ in LINES), MAX_WHOLE_K + 3])
 def test_every_tile(k):
     x, weight, norm = torch.randn(1, k), make_weight("bf16", 9, k), make_norm(k)
     ids, best, logits = run(x, weight, norm)

@@ -14,10 +14,10 @@ from kernel_weights import make_weight
 from gpt2rt.kernels.fused_linear import MAX_ROWS, Append, Norm, Partials, fused_linear_ref, merge_partials_ref
 from gpt2rt.kernels.fusion import ACTIVATIONS
 from gpt2rt.kernels.linear_rows import (
-    CONFIGS,
     FORMAT_BITS,
     MAX_SPLITS,
     MAX_WHOLE_K,
+    TILES,
     fused_linear_rows_triton,
     rows_config,
 )
@@ -53,9 +53,9 @@ def test_matches_definition(m, n, k, kind, cut_rows):
 @pytest.mark.parametrize("kind", ["f16", "int8", "int4z g64"])
 def test_every_tile(kind):
     bits = FORMAT_BITS[make_weight(kind, 1, 64).format]
-    lengths = [most - 5 for most, _, _ in CONFIGS[bits]]
-    configs = {rows_config(make_weight(kind, 1, k))[0:3:2] for k in lengths}
-    assert configs == {(n, warps) for _, n, warps in CONFIGS[bits]}
+    lines = TILES.lines(0, bits)
+    lengths = [most - 5 for most, _ in lines]
+    assert [rows_config(make_weight(kind, 1, k))[0:3:2] for k in lengths] == [tile for _, tile in lines]
     for k in lengths:
         x, weight = torch.randn(2, k), make_weight(kind, 5, k)
         out = torch.empty(2, 5, dtype=torch.float32)

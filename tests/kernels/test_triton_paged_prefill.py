@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from gpt2rt.kernels.paged_prefill_attention import (
+    TILES,
     PrefillTile,
     paged_prefill_attention_ref,
     paged_prefill_attention_triton,
@@ -171,9 +172,8 @@ def test_prefill_into_rows_of_a_wider_matrix_with_another_tile(as_exact_as_torch
     cache, query = make_cache([70, 30], 2, 24, torch.float16), make_query(55, 2, 24, torch.float16)
     buffer = torch.full((55, 60), 7.0, dtype=torch.float16)
     key, value, table, lens, *_ = cache
-    paged_prefill_into_triton(
-        query, key, value, table, lens, starts_of([40, 11]), 40, buffer[:, 4:52], 0.3, tile=PrefillTile(16, 32, 4, 1)
-    )
+    with TILES.trying(PrefillTile(16, 32, 4, 1)):
+        paged_prefill_into_triton(query, key, value, table, lens, starts_of([40, 11]), 40, buffer[:, 4:52], 0.3)
     assert (buffer[:, :4] == 7).all()
     assert (buffer[:, 52:] == 7).all()
     assert (buffer[51:] == 7).all()

@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from gpt2rt.kernels import sampling
+from gpt2rt.kernels.config_table import ALL
 from gpt2rt.kernels.sampling import (
     argmax_ref,
     argmax_triton,
@@ -20,7 +21,7 @@ from gpt2rt.kernels.sampling import (
     sampling_weights_triton,
     select_workspace,
 )
-from gpt2rt.kernels.sampling_select import CHUNK, MAX_LIST, SelectWorkspace
+from gpt2rt.kernels.sampling_select import MAX_LIST, TILES, SelectWorkspace
 
 pytestmark = [
     pytest.mark.kernel,
@@ -29,6 +30,7 @@ pytestmark = [
 ]
 
 INF = math.inf
+CHUNK = TILES.find(0, ALL).chunk
 LAST = 1 - 2**-53
 NONE = {"temperature": None, "top_k": None, "top_p": None, "min_p": None}
 

@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from gpt2rt.generation.random import request_key, uniform
 from gpt2rt.kernels import log_probabilities
+from gpt2rt.kernels.config_table import ALL
 from gpt2rt.kernels.log_probabilities import log_probabilities_ref, log_probabilities_triton
 from gpt2rt.kernels.penalties import (
     count_tokens_ref,
@@ -21,12 +22,13 @@ from gpt2rt.kernels.penalties import (
     reset_counts_ref,
     reset_counts_triton,
 )
-from gpt2rt.kernels.sampling_select import CHUNK, MAX_LIST, select_workspace
+from gpt2rt.kernels.sampling_select import MAX_LIST, TILES, select_workspace
 from gpt2rt.kernels.uniforms import uniforms_into_triton, uniforms_triton
 
 pytestmark = [pytest.mark.kernel, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 INF = math.inf
+CHUNK = TILES.find(0, ALL).chunk
 
 
 def doubles(*values):

@@ -5,7 +5,7 @@ from spec import Spec
 from torch import Tensor
 
 from gpt2rt.kernels.paged_decode_attention import merge_splits_triton, paged_decode_partials_triton
-from gpt2rt.kernels.paged_prefill_attention import PrefillTile, paged_prefill_into_triton
+from gpt2rt.kernels.paged_prefill_attention import paged_prefill_into_triton
 from gpt2rt.kernels.write_kv import write_kv_triton
 
 F32, F16, BF16, INT8, FLOAT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn
@@ -48,18 +48,28 @@ def _prefill(
     stored: torch.dtype | None = None,
     mma: bool = True,
     batch_invariant: bool = False,
-    tile: PrefillTile | None = None,
+    max_query_len: int = 512,
 ) -> Spec:
-    query, _, _ = _qkv(512, n_head, head_dim, dtype)
+    query, _, _ = _qkv(max_query_len, n_head, head_dim, dtype)
     cache, scales = _cache(n_head, head_dim, stored or dtype)
     table, lens, starts = (_empty(*shape, dtype=torch.int32) for shape in ((4, 64), (4,), (5,)))
-    out = _empty(512, n_head, head_dim, dtype=dtype)
-    options = {"batch_invariant": batch_invariant, "tile": tile}
+    out = _empty(max_query_len, n_head, head_dim, dtype=dtype)
     return Spec(
         f"prefill H={n_head} D={head_dim} {NAMES[dtype]}{f' of {NAMES[stored]}' if stored else ''}"
-        f"{' invariant' if batch_invariant else ''}{f' {tile.block_m} rows' if tile else ''}",
+        f"{' invariant' if batch_invariant else ''}{f' {max_query_len} queries' if max_query_len != 512 else ''}",
         lambda: paged_prefill_into_triton(
-            query, cache, cache, table, lens, starts, 512, out, head_dim**-0.5, scales, scales, **options
+            query,
+            cache,
+            cache,
+            table,
+            lens,
+            starts,
+            max_query_len,
+            out,
+            head_dim**-0.5,
+            scales,
+            scales,
+            batch_invariant=batch_invariant,
         ),
         (wide_loads,),
         mma,
@@ -119,7 +129,8 @@ SPECS = [
     _prefill(12, 64, F32, 10, mma=False),
     _prefill(12, 64, F16, 6, stored=INT8),
     _prefill(12, 64, BF16, 6, stored=FLOAT8),
-    _prefill(12, 64, F16, 8, tile=PrefillTile(128, 64, 8, 2)),
+    # tiles of 128 queries
+    _prefill(25, 64, BF16, 8, max_query_len=1024),
     _prefill(12, 64, F16, 8, batch_invariant=True),
     _decode(12, 64, F16, 12),
     _decode(12, 64, F32, 12),

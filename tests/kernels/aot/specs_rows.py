@@ -97,12 +97,13 @@ def _rows(
 def _head(kind: str, k: int, wide_loads: int) -> Spec:
     x, weight, norm = _empty(4, k, dtype=F32), _weight(kind, 50257, k), _norm(kind, k)
     indices, ids, best = _empty(4, dtype=torch.int64), _empty(4, dtype=torch.int64), _empty(4, dtype=F32)
-    workspace = _empty(head_workspace_bytes(weight, 4), dtype=torch.uint8)
-    return Spec(
-        f"head {k} {kind}",
-        lambda: head_argmax_triton(x, weight, norm, indices, ids, best, workspace, finite=True),
-        (wide_loads, 0),
-    )
+
+    def call() -> None:
+        # the size depends on the tile, and so on the target
+        workspace = _empty(head_workspace_bytes(weight, 4), dtype=torch.uint8)
+        head_argmax_triton(x, weight, norm, indices, ids, best, workspace, finite=True)
+
+    return Spec(f"head {k} {kind}", call, (wide_loads, 0))
 
 
 # the 124M model has n_embd 768, the 1.5B model 1600; with wait_after_loads the launch is a programmatic dependent one
