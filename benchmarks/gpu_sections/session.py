@@ -149,6 +149,10 @@ class Session:
         """Something that was not measured, and why."""
         self._add({"kind": "note", "name": name, "text": text})
 
+    def record(self, kind: str, name: str, text: str, **facts: Any) -> None:
+        """A row of a program's own kind; ``text`` is what it prints."""
+        self._add({"kind": kind, "name": name, "text": text, **facts})
+
     def times(
         self,
         name: str,
@@ -257,10 +261,10 @@ def _line(row: Mapping[str, Any]) -> str:
             return f"{name} {'ok' if row['ok'] else 'FAILED'} {_facts(row)}"
         case "value":
             return f"{name} {'ran' if row['value'] is None else format(row['value'], '.4g')} {row['unit']}"
-        case "note":
-            return f"{name} {row['text']}"
-        case _:
+        case "failed":
             return f"{name} FAILED: {row['error']}"
+        case _:
+            return f"{name} {row['text']}"
 
 
 def _facts(row: Mapping[str, Any]) -> str:
