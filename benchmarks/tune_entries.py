@@ -14,22 +14,28 @@ import torch
 
 from gpt2rt.kernels import (
     batch_invariant_attention,
+    bias_gelu_new,
+    embedding,
+    embedding_rows,
     head,
     layer_norm,
+    linear,
     linear_rows,
     merge_splits,
     norm_rows,
     paged_decode_attention,
     paged_prefill_attention,
+    penalties,
     sampling_select,
     tile_config,
+    write_kv,
 )
 from gpt2rt.kernels.batch_invariant_attention import InvariantTile
-from gpt2rt.kernels.config_table import ALL, ConfigTable
+from gpt2rt.kernels.config_table import ALL, Chunk, ConfigTable
+from gpt2rt.kernels.linear import ColumnsTile
 from gpt2rt.kernels.linear_rows import RowsTile
 from gpt2rt.kernels.paged_decode_attention import DecodeTile
 from gpt2rt.kernels.paged_prefill_attention import PrefillTile
-from gpt2rt.kernels.sampling_select import SelectTile
 from gpt2rt.kernels.tile_config import Tile
 
 F16, F32 = torch.float16, torch.float32
@@ -216,8 +222,35 @@ def _sampling() -> Iterable[Entry]:
     sizes = [{"rows": rows, "vocab": VOCABULARY} for rows in (1, 64)]
     problems = [("argmax", size) for size in sizes]
     problems += [("sample", {**size, "settings": settings}) for settings in ("plain", "all") for size in sizes]
-    tiles = tuple(SelectTile(chunk, warps) for chunk, warps in ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8)))
-    yield Entry(sampling_select.TILES, ALL, (), tuple(problems), tiles)
+    chunks = tuple(Chunk(size, warps) for size, warps in ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8)))
+    yield Entry(sampling_select.CHUNKS, ALL, (), tuple(problems), chunks)
+    yield Entry(penalties.CHUNKS, "scores", (), tuple(("penalties", size) for size in sizes), chunks)
+    counted = tuple(("count_tokens", {"rows": rows, "vocab": VOCABULARY}) for rows in (1, 256))
+    yield Entry(penalties.CHUNKS, "ids", (), counted, tuple(Chunk(size, size // 64) for size in (64, 128, 256, 512)))
+
+
+def _elements() -> Iterable[Entry]:
+    """Kernels that go over rows piece by piece, and the product with a weight as Conv1D has it."""
+    chunks = tuple(Chunk(size, warps) for size, warps in ((256, 1), (512, 2), (1024, 2), (1024, 4), (2048, 8)))
+    counts = (1, 64, 8192)
+    words = {"vocab": VOCABULARY}
+    for table, operation, sizes in (
+        (embedding_rows, "embedding_rows", [{"n": n, **words, "format": "dense"} for n in WIDTHS]),
+        (embedding, "embedding", [{"n": n, **words} for n in WIDTHS]),
+        (bias_gelu_new, "bias_gelu_new", [{"n": 4 * n} for n in WIDTHS]),
+    ):
+        problems = tuple((operation, {"rows": rows, **size}) for size in sizes for rows in counts)
+        yield Entry(table.CHUNKS, ALL, (6400,), problems, chunks)
+    written = tuple(
+        ("write_kv", {"rows": rows, "heads": h, "head_dim": 64, "cache": "float"}) for h in HEADS for rows in (1, 1024)
+    )
+    yield Entry(write_kv.CHUNKS, ALL, (), written, (Chunk(256, 1), Chunk(512, 2), Chunk(1024, 4), Chunk(2048, 8)))
+    shapes = [(k, n) for width in WIDTHS for k, n in ((width, 3 * width), (4 * width, width))]
+    products = tuple(("linear", {"rows": rows, "k": k, "n": n, "conv1d": True}) for k, n in shapes for rows in (1, 8))
+    tiles = tuple(
+        ColumnsTile(n, k, warps) for n, k, warps in ((16, 128, 4), (16, 256, 8), (32, 64, 4), (32, 128, 8), (64, 64, 8))
+    )
+    yield Entry(linear.TILES, 2, (), products, tiles)
 
 
 def _invariant() -> Iterable[Entry]:
@@ -261,6 +294,7 @@ SECTIONS: dict[str, tuple[str, Callable[[], Iterable[Entry]]]] = {
     "caches": ("attention over 8-bit caches", _caches),
     "norms": ("layer norms", _norms),
     "sampling": ("chunks of the vocabulary", _sampling),
+    "elements": ("embeddings, activation, writes to the cache, products with Conv1D's weights", _elements),
     "invariant": ("attention of the batch-invariant mode", _invariant),
     "float32": ("float32 attention and products", _float32),
 }

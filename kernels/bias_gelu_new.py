@@ -16,14 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, on_device
+from .config_table import ALL, Chunk, ConfigTable
+from .launch import OPTIONS, architecture_of, on_device
 from .refs import bias_gelu_new_ref
 
 __all__ = ["bias_gelu_new_ref", "bias_gelu_new_triton"]
 
 SQRT_2_OVER_PI = tl.constexpr(math.sqrt(2.0 / math.pi))
-# starting point, not tuned on a device yet: 8 elements a thread, one 16-byte load in float16
-BLOCK = 1024
+# 8 elements a thread, one 16-byte load in float16; starting points, not tuned on a device yet
+CHUNKS: ConfigTable[Chunk] = ConfigTable(
+    "bias_gelu_new", ("row",), {ALL: ((256, Chunk(256, 1)), (512, Chunk(512, 2)), (None, Chunk(1024, 4)))}
+)
 
 
 @triton.jit
@@ -44,10 +47,10 @@ def bias_gelu_new_triton(x: Tensor, bias: Tensor) -> Tensor:
     """Launch ``bias_gelu_new``. Shapes and dtypes were checked by ``gpt2rt.ops``; ``x`` needs contiguous rows."""
     num_tokens, n = x.shape
     y = torch.empty((num_tokens, n), dtype=x.dtype, device=x.device)
-    block = min(BLOCK, triton.next_power_of_2(n))
+    block, num_warps = CHUNKS.find(architecture_of(x), ALL, n)
     if y.numel():
         with on_device(x):
             _bias_gelu_new_kernel[(num_tokens, triton.cdiv(n, block))](
-                x, bias, y, x.stride(0), N=n, BLOCK=block, num_warps=max(1, block // 256), **OPTIONS
+                x, bias, y, x.stride(0), N=n, BLOCK=block, num_warps=num_warps, **OPTIONS
             )
     return y

@@ -27,10 +27,11 @@ Imports nothing but the standard library.
 """
 
 import contextlib
+import functools
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-__all__ = ["ALL", "LEAST_SHARED_BYTES", "SHARED_BYTES", "ConfigTable"]
+__all__ = ["ALL", "LEAST_SHARED_BYTES", "SHARED_BYTES", "Chunk", "ConfigTable", "Line"]
 
 #: shared memory that a block may have, by architecture (CUDA C++ programming guide, technical specifications by compute
 #: capability)
@@ -43,6 +44,13 @@ ALL = "all"
 Config = TypeVar("Config")
 # limits, None where any size will do, and the configuration behind them; tuples of mixed types have no better name
 Line = tuple[Any, ...]
+
+
+class Chunk(NamedTuple):
+    """Neighbouring elements that a program takes, and its warps, of kernels that go over rows piece by piece."""
+
+    size: int
+    num_warps: int
 
 
 class ConfigTable(Generic[Config]):
@@ -68,6 +76,8 @@ class ConfigTable(Generic[Config]):
         self.name = name
         self.limits = limits
         self._tried: Config | None = None
+        #: the line for these sizes, limits included; every launch asks, so answers are kept
+        self.line = functools.lru_cache(maxsize=4096)(self._search)
         self._lines: dict[int, dict[Hashable, tuple[Line, ...]]] = {0: dict(lines)}
         for architecture, kinds in (others or {}).items():
             table = self._lines[architecture] = dict(lines)
@@ -94,12 +104,7 @@ class ConfigTable(Generic[Config]):
         """All lines of a kind on an architecture (compute capability as a number, 90 for 9.0; 0 for any)."""
         return self._lines.get(architecture, self._lines[0])[kind]
 
-    def line(self, architecture: int, kind: Hashable, *sizes: int) -> Line:
-        """The line for these sizes, limits included.
-
-        Raises:
-            AssertionError: the sizes are beyond all lines; launchers refuse such problems before they ask.
-        """
+    def _search(self, architecture: int, kind: Hashable, *sizes: int) -> Line:
         for line in self.lines(architecture, kind):
             # the configuration at the end of a line has no size beside it
             if all(limit is None or size <= limit for limit, size in zip(line, sizes, strict=False)):
@@ -107,7 +112,11 @@ class ConfigTable(Generic[Config]):
         raise AssertionError(f"{self.name}: no line of {kind} for {dict(zip(self.limits, sizes, strict=True))}")
 
     def find(self, architecture: int, kind: Hashable, *sizes: int) -> Config:
-        """The configuration for these sizes."""
+        """The configuration for these sizes.
+
+        Raises:
+            AssertionError: the sizes are beyond all lines; launchers refuse such problems before they ask.
+        """
         return self.line(architecture, kind, *sizes)[-1] if self._tried is None else self._tried
 
     @contextlib.contextmanager

@@ -12,13 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, on_device
+from .config_table import ALL, Chunk, ConfigTable
+from .launch import OPTIONS, architecture_of, on_device
 from .refs import embedding_ref
 
 __all__ = ["embedding_ref", "embedding_triton"]
 
-# starting point, not tuned on a device yet: 8 elements a thread, one 16-byte load in float16
-BLOCK = 1024
+# 8 elements a thread, one 16-byte load in float16; starting points, not tuned on a device yet
+CHUNKS: ConfigTable[Chunk] = ConfigTable(
+    "embedding", ("row",), {ALL: ((256, Chunk(256, 1)), (512, Chunk(512, 2)), (None, Chunk(1024, 4)))}
+)
 
 
 @triton.jit
@@ -53,7 +56,7 @@ def embedding_triton(input_ids: Tensor, position_ids: Tensor, wte: Tensor, wpe: 
     """Launch ``embedding``. Shapes and dtypes were checked by ``gpt2rt.ops``; ids and table rows must be contiguous."""
     num_tokens, n_embd = input_ids.shape[0], wte.shape[1]
     y = torch.empty((num_tokens, n_embd), dtype=wte.dtype, device=wte.device)
-    block = min(BLOCK, triton.next_power_of_2(n_embd))
+    block, num_warps = CHUNKS.find(architecture_of(wte), ALL, n_embd)
     if y.numel():
         with on_device(wte):
             _embedding_kernel[(num_tokens, triton.cdiv(n_embd, block))](
@@ -68,7 +71,7 @@ def embedding_triton(input_ids: Tensor, position_ids: Tensor, wte: Tensor, wpe: 
                 P=wpe.shape[0],
                 E=n_embd,
                 BLOCK=block,
-                num_warps=max(1, block // 256),
+                num_warps=num_warps,
                 **OPTIONS,
             )
     return y

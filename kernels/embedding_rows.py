@@ -13,15 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config_table import ALL, Chunk, ConfigTable
 from .fusion import let_dependents_start, wait_for_inputs
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, architecture_of, on_device
 from .refs import compute_dtype
 from .weights import DeviceWeight
 
 __all__ = ["embedding_rows_ref", "embedding_rows_triton"]
 
-# starting point, not tuned on a device yet: at batch 1 a row is spread over a few programs
-BLOCK = 512
+# 8 elements a thread, one 16-byte load in float16; at batch 1 a row is spread over a few programs. Starting points, not
+# tuned on a device yet
+CHUNKS: ConfigTable[Chunk] = ConfigTable(
+    "embedding_rows", ("row",), {ALL: ((256, Chunk(256, 1)), (None, Chunk(512, 2)))}
+)
 
 
 def embedding_rows_ref(input_ids: Tensor, position_ids: Tensor, wte: DeviceWeight, wpe: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ def embedding_rows_triton(
     num_rows, n_embd = out.shape
     if not num_rows:
         return
-    block = min(BLOCK, triton.next_power_of_2(n_embd))
+    block, num_warps = CHUNKS.find(architecture_of(out), ALL, n_embd)
     unused = wte.data
     with on_device(out):
         _embedding_rows_kernel[(num_rows, triton.cdiv(n_embd, block))](
@@ -124,8 +128,7 @@ def embedding_rows_triton(
             HAS_ZEROS=wte.zeros is not None,
             BLOCK=block,
             PDL=pdl,
-            # 8 elements a thread: one 16-byte load of float16
-            num_warps=max(1, block // 256),
+            num_warps=num_warps,
             **({"launch_pdl": True} if pdl else {}),
             **OPTIONS,
         )

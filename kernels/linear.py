@@ -18,14 +18,17 @@ Three kernels:
 No atomics anywhere: sums are taken in a fixed order.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config_table import ConfigTable
 from .fused_linear import MAX_ROWS
 from .fusion import activated
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, architecture_of, on_device
 from .linear_rows import fused_linear_rows_triton
 from .linear_tiles import StoredWeight, launch
 from .refs import linear_gelu_new_ref, linear_ref, linear_residual_ref
@@ -40,8 +43,20 @@ __all__ = [
     "linear_triton",
 ]
 
-# elements of K that a program of the kernel below reads at a time; starting point, not tuned on a device yet
-BLOCK_K = 128
+
+class ColumnsTile(NamedTuple):
+    """Columns of y that a program of the kernel below owns, elements of K that it reads at a time, and its warps."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+# by bytes of an element: 64 bytes of neighbouring columns for each k, whole memory sectors, and still enough programs;
+# starting points, not tuned on a device yet
+TILES: ConfigTable[ColumnsTile] = ConfigTable(
+    "linear, columns", (), {2: ((ColumnsTile(32, 128, 8),),), 4: ((ColumnsTile(16, 128, 8),),)}
+)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -117,10 +132,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, res
         stored_rows = DeviceWeight("dense", (n_out, n_in), weight, weight.dtype)
         fused_linear_rows_triton(x, stored_rows, bias, y, activation=activation, residual=residual)
     else:
-        # 64 bytes of neighbouring columns for each k: whole memory sectors, and still enough programs
-        block_n = 64 // x.element_size()
+        tile = TILES.find(architecture_of(x), x.element_size())
         with on_device(x):
-            _linear_columns_kernel[(triton.cdiv(n_out, block_n),)](
+            _linear_columns_kernel[(triton.cdiv(n_out, tile.block_n),)](
                 x,
                 weight,
                 bias,
@@ -133,9 +147,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, res
                 N=n_out,
                 K=n_in,
                 ACTIVATION=activation,
-                BLOCK_N=block_n,
-                BLOCK_K=BLOCK_K,
-                num_warps=8,
+                BLOCK_N=tile.block_n,
+                BLOCK_K=tile.block_k,
+                num_warps=tile.num_warps,
                 **OPTIONS,
             )
     return y

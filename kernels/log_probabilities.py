@@ -23,12 +23,12 @@ from .sampling_select import (
     MAX_LIST,
     UNIT,
     SelectWorkspace,
+    chunk_of,
     key_of,
     launch_maxima,
     launch_select,
     row_state,
     row_total,
-    select_tile,
     select_workspace,
 )
 from .score_refs import log_probabilities_ref
@@ -148,8 +148,8 @@ def log_probabilities_into_triton(
     k = best.size(1)
     if not num_rows:
         return
-    tile = select_tile(scores)
-    num_chunks = triton.cdiv(n, tile.chunk)
+    chunk = chunk_of(scores)
+    num_chunks = triton.cdiv(n, chunk.size)
     with on_device(scores):
         launch_maxima(scores, work.maxima, finite=False, work=work)
         launch_select(scores, work, fixed_k=k)
@@ -172,6 +172,6 @@ def log_probabilities_into_triton(
             CHUNKS=triton.next_power_of_2(num_chunks),
             MAX_LIST=MAX_LIST,
             BLOCK=BLOCK,
-            num_warps=tile.num_warps,
+            num_warps=chunk.num_warps,
             **EXACT,
         )

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .config_table import Chunk, ConfigTable
+from .launch import architecture_of, on_device
 from .sampling_select import EXACT
 from .score_refs import count_tokens_ref, penalties_ref, reset_counts_ref
 
@@ -30,9 +31,8 @@ __all__ = [
     "reset_counts_triton",
 ]
 
-# starting points, not tuned on a device yet
-BLOCK = 2048
-BLOCK_IDS = 256
+# by what a program goes over, scores and counts of a vocabulary or ids; starting points, not tuned on a device yet
+CHUNKS: ConfigTable[Chunk] = ConfigTable("penalties", (), {"scores": ((Chunk(2048, 8),),), "ids": ((Chunk(256, 4),),)})
 
 
 @triton.jit
@@ -147,8 +147,9 @@ def penalties_into_triton(
         return
     # where there is no penalty any tensor serves, it is not read
     settings = [scores if setting is None else setting for setting in (repetition, frequency, presence)]
+    chunk = CHUNKS.find(architecture_of(scores), "scores")
     with on_device(scores):
-        _penalties_kernel[(num_rows, triton.cdiv(n, BLOCK))](
+        _penalties_kernel[(num_rows, triton.cdiv(n, chunk.size))](
             scores,
             counts,
             slots,
@@ -160,8 +161,8 @@ def penalties_into_triton(
             HAS_REPETITION=repetition is not None,
             HAS_FREQUENCY=frequency is not None,
             HAS_PRESENCE=presence is not None,
-            BLOCK=BLOCK,
-            num_warps=8,
+            BLOCK=chunk.size,
+            num_warps=chunk.num_warps,
             **EXACT,
         )
 
@@ -170,9 +171,10 @@ def count_tokens_triton(counts: Tensor, slots: Tensor, token_ids: Tensor) -> Non
     """Launch ``count_tokens``, see ``count_tokens_ref``. Shapes and dtypes were checked by ``gpt2rt.ops``."""
     num_rows = slots.size(0)
     if num_rows:
+        size, warps = CHUNKS.find(architecture_of(counts), "ids")
         with on_device(counts):
-            _count_tokens_kernel[(triton.cdiv(num_rows, BLOCK_IDS),)](
-                counts, slots, token_ids, num_rows, counts.size(1), BLOCK=BLOCK_IDS, num_warps=4, **EXACT
+            _count_tokens_kernel[(triton.cdiv(num_rows, size),)](
+                counts, slots, token_ids, num_rows, counts.size(1), BLOCK=size, num_warps=warps, **EXACT
             )
 
 
@@ -183,9 +185,12 @@ def reset_counts_triton(
     num_slots, n = slots.size(0), counts.size(1)
     if not num_slots:
         return
+    architecture = architecture_of(counts)
+    size, warps = CHUNKS.find(architecture, "scores")
     with on_device(counts):
-        _clear_counts_kernel[(num_slots, triton.cdiv(n, BLOCK))](counts, slots, n, BLOCK=BLOCK, num_warps=8, **EXACT)
+        _clear_counts_kernel[(num_slots, triton.cdiv(n, size))](counts, slots, n, BLOCK=size, num_warps=warps, **EXACT)
         if max_len:
-            _recount_kernel[(num_slots, triton.cdiv(max_len, BLOCK_IDS))](
-                counts, slots, token_ids, starts, prompt_lens, n, BLOCK=BLOCK_IDS, num_warps=4, **EXACT
+            size, warps = CHUNKS.find(architecture, "ids")
+            _recount_kernel[(num_slots, triton.cdiv(max_len, size))](
+                counts, slots, token_ids, starts, prompt_lens, n, BLOCK=size, num_warps=warps, **EXACT
             )

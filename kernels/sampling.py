@@ -34,6 +34,7 @@ from .sampling_select import (
     UNIT,
     SelectWorkspace,
     bin_edge,
+    chunk_of,
     deciding_bin,
     key_of,
     launch_maxima,
@@ -41,7 +42,6 @@ from .sampling_select import (
     load_scores,
     row_filters,
     row_state,
-    select_tile,
     select_workspace,
     tempered,
     weight_of,
@@ -314,8 +314,8 @@ def _draw_kernel(
 def argmax_triton(scores: Tensor, finite: bool) -> Tensor:
     """Launch ``argmax``. Shapes and dtypes were checked by ``gpt2rt.ops``."""
     num_rows, n = scores.shape
-    tile = select_tile(scores)
-    num_chunks = triton.cdiv(n, tile.chunk)
+    chunk = chunk_of(scores)
+    num_chunks = triton.cdiv(n, chunk.size)
     maxima = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=scores.device)
     places = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=scores.device)
     out = torch.empty((num_rows,), dtype=torch.int64, device=scores.device)
@@ -336,7 +336,7 @@ def argmax_into_triton(scores: Tensor, out: Tensor, maxima: Tensor, places: Tens
     num_rows, n = scores.shape
     if not num_rows:
         return
-    num_chunks = triton.cdiv(n, select_tile(scores).chunk)
+    num_chunks = triton.cdiv(n, chunk_of(scores).size)
     with on_device(scores):
         launch_maxima(scores, maxima, finite=finite, places=places)
         _first_maximum_kernel[(num_rows,)](
@@ -347,8 +347,8 @@ def argmax_into_triton(scores: Tensor, out: Tensor, maxima: Tensor, places: Tens
 def sampling_weights_triton(scores: Tensor) -> Tensor:
     """Launch ``sampling_weights``. Shapes and dtypes were checked by ``gpt2rt.ops``."""
     num_rows, n = scores.shape
-    tile = select_tile(scores)
-    num_chunks = triton.cdiv(n, tile.chunk)
+    chunk = chunk_of(scores)
+    num_chunks = triton.cdiv(n, chunk.size)
     maxima = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=scores.device)
     out = torch.empty((num_rows, n), dtype=torch.int64, device=scores.device)
     if num_rows:
@@ -361,9 +361,9 @@ def sampling_weights_triton(scores: Tensor) -> Tensor:
                 scores.stride(0),
                 n,
                 num_chunks,
-                CHUNK=tile.chunk,
+                CHUNK=chunk.size,
                 CHUNKS=triton.next_power_of_2(num_chunks),
-                num_warps=tile.num_warps,
+                num_warps=chunk.num_warps,
                 **EXACT,
             )
     return out
@@ -425,8 +425,8 @@ def sample_into_triton(
     num_rows, n = scores.shape
     if not num_rows:
         return
-    tile = select_tile(scores)
-    num_chunks = triton.cdiv(n, tile.chunk)
+    chunk = chunk_of(scores)
+    num_chunks = triton.cdiv(n, chunk.size)
     settings = [scores if setting is None else setting for setting in (temperature, top_k, top_p, min_p)]
     with on_device(scores):
         launch_maxima(scores, work.maxima, finite=finite, work=work)
@@ -449,12 +449,12 @@ def sample_into_triton(
             HAS_TOP_K=top_k is not None,
             HAS_TOP_P=top_p is not None,
             HAS_MIN_P=min_p is not None,
-            CHUNK=tile.chunk,
+            CHUNK=chunk.size,
             CHUNKS=triton.next_power_of_2(num_chunks),
             BINS=NUM_BINS,
             MAX_LIST=MAX_LIST,
             BLOCK=BLOCK,
-            num_warps=tile.num_warps,
+            num_warps=chunk.num_warps,
             # without a word on registers ptxas of triton 3.9 stops at 64 for sm_80 and spills
             maxnreg=128,
             **EXACT,

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config_table import ALL, ConfigTable
+from .config_table import ALL, Chunk, ConfigTable
 from .launch import architecture_of, architecture_of_device
 
 # exp(-30) is less than the unit of weight
@@ -40,17 +40,9 @@ MAX_LIST = 8192
 # the definition's chain of multiplications and additions has a rounding at each
 EXACT = {"enable_fp_fusion": False}
 
-
-class SelectTile(NamedTuple):
-    """Scores of a chunk, which a program reads, and its warps."""
-
-    chunk: int
-    num_warps: int
-
-
 # 25 programs for a row of GPT-2's vocabulary; a starting point, not tuned on a device yet. The outcome is the same with
 # any. Without limits: one size of chunks serves all vocabularies, so that a workspace fits those that are smaller too
-TILES: ConfigTable[SelectTile] = ConfigTable("sampling", (), {ALL: ((SelectTile(2048, 8),),)})
+CHUNKS: ConfigTable[Chunk] = ConfigTable("sampling", (), {ALL: ((Chunk(2048, 8),),)})
 
 _BINS_PER_UNIT = tl.constexpr(BINS_PER_UNIT)
 _USED_BINS = tl.constexpr(REACH * BINS_PER_UNIT)
@@ -83,9 +75,9 @@ class SelectWorkspace(NamedTuple):
     list_ids: Tensor
 
 
-def select_tile(scores: Tensor) -> SelectTile:
+def chunk_of(scores: Tensor) -> Chunk:
     """How rows of ``scores`` are cut."""
-    return TILES.find(architecture_of(scores), ALL)
+    return CHUNKS.find(architecture_of(scores), ALL)
 
 
 def select_workspace(num_rows: int, vocab_size: int, device: torch.device | str) -> SelectWorkspace:
@@ -96,7 +88,7 @@ def select_workspace(num_rows: int, vocab_size: int, device: torch.device | str)
         vocab_size: V.
         device: where the scores are.
     """
-    num_chunks = triton.cdiv(vocab_size, TILES.find(architecture_of_device(device), ALL).chunk)
+    num_chunks = triton.cdiv(vocab_size, CHUNKS.find(architecture_of_device(device), ALL).size)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -349,8 +341,8 @@ def launch_maxima(
     num_rows, n = scores.shape
     # where there is nothing to write any tensor serves
     bins, found = (maxima, maxima) if work is None else (work.bins, work.found)
-    tile = select_tile(scores)
-    num_chunks = triton.cdiv(n, tile.chunk)
+    chunk = chunk_of(scores)
+    num_chunks = triton.cdiv(n, chunk.size)
     _maxima_kernel[(num_rows, num_chunks)](
         scores,
         maxima,
@@ -363,9 +355,9 @@ def launch_maxima(
         FINITE=finite,
         PLACES=places is not None,
         CLEAR=work is not None,
-        CHUNK=tile.chunk,
+        CHUNK=chunk.size,
         BINS=BINS,
-        num_warps=tile.num_warps,
+        num_warps=chunk.num_warps,
         **EXACT,
     )
 
@@ -381,8 +373,8 @@ def launch_select(
 ) -> None:
     """After :func:`launch_maxima`: weights of chunks, and the list if there is top_k, top_p or ``fixed_k``."""
     num_rows, n = scores.shape
-    tile = select_tile(scores)
-    num_chunks = triton.cdiv(n, tile.chunk)
+    chunk = chunk_of(scores)
+    num_chunks = triton.cdiv(n, chunk.size)
     lists = top_k is not None or top_p is not None or fixed_k > 0
     # where there is no setting any tensor serves, it is not read
     settings = [scores if setting is None else setting for setting in (temperature, top_k, top_p)]
@@ -391,10 +383,10 @@ def launch_select(
         "HAS_TEMPERATURE": temperature is not None,
         "HAS_TOP_K": top_k is not None,
         "HAS_TOP_P": top_p is not None,
-        "CHUNK": tile.chunk,
+        "CHUNK": chunk.size,
         "CHUNKS": triton.next_power_of_2(num_chunks),
         "BINS": BINS,
-        "num_warps": tile.num_warps,
+        "num_warps": chunk.num_warps,
         **EXACT,
     }
     grid = (num_rows, num_chunks)

@@ -15,16 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config_table import ALL, Chunk, ConfigTable
 from .fusion import let_dependents_start, wait_for_inputs
 from .kv_formats import cache_format, encoded, stored
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, architecture_of, on_device
 from .refs import write_kv_ref
 
 __all__ = ["write_kv_ref", "write_kv_triton"]
 
-# elements of key (and of value) that a program copies; starting point, not tuned on a device yet: with 4 warps that is
-# one 16-byte load a thread in float16
-TILE = 1024
+# elements of key (and of value) that a program copies, in whole heads: one 16-byte load a thread in float16; a starting
+# point, not tuned on a device yet
+CHUNKS: ConfigTable[Chunk] = ConfigTable("write_kv", (), {ALL: ((Chunk(1024, 4),),)})
 
 
 @triton.jit
@@ -101,7 +102,8 @@ def write_kv_triton(
     num_tokens, n_head, head_dim = key.shape
     num_blocks, _, block_size, _ = key_cache.shape
     block_d = triton.next_power_of_2(head_dim)
-    block_h = min(triton.next_power_of_2(n_head), max(1, TILE // block_d))
+    size, num_warps = CHUNKS.find(architecture_of(key), ALL)
+    block_h = min(triton.next_power_of_2(n_head), max(1, size // block_d))
     if key.numel():
         with on_device(key):
             _write_kv_kernel[(num_tokens, triton.cdiv(n_head, block_h))](
@@ -124,7 +126,7 @@ def write_kv_triton(
                 BLOCK_D=block_d,
                 FORMAT=cache_format(key_cache),
                 PDL=pdl,
-                num_warps=4,
+                num_warps=num_warps,
                 launch_pdl=pdl,
                 **OPTIONS,
             )

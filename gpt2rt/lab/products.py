@@ -34,9 +34,12 @@ TILE_VARIANTS = {
 }
 
 
-def linear(place: Place, *, rows: int, k: int, n: int, op: str = "linear") -> Problem:
-    """``linear``, ``linear_gelu_new`` and ``linear_residual``: ops on the model's own weights."""
-    weight, bias = place.normal(n, k, scale=k**-0.5), place.normal(n)
+def linear(place: Place, *, rows: int, k: int, n: int, op: str = "linear", conv1d: bool = False) -> Problem:
+    """``linear``, ``linear_gelu_new`` and ``linear_residual``: ops on the model's own weights; ``conv1d``: with
+    contiguous columns, as Conv1D has them.
+    """
+    weight = place.normal(k, n, scale=k**-0.5).t() if conv1d else place.normal(n, k, scale=k**-0.5)
+    bias = place.normal(n)
     copies = place.copies(size_of(weight))
     weights = [weight] + [weight.clone() for _ in range(copies - 1)]
     x = place.normal(rows, k)

@@ -21,7 +21,7 @@ from gpt2rt.kernels.sampling import (
     sampling_weights_triton,
     select_workspace,
 )
-from gpt2rt.kernels.sampling_select import MAX_LIST, TILES, SelectWorkspace
+from gpt2rt.kernels.sampling_select import CHUNKS, MAX_LIST, SelectWorkspace
 
 pytestmark = [
     pytest.mark.kernel,
@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 INF = math.inf
-CHUNK = TILES.find(0, ALL).chunk
+CHUNK = CHUNKS.find(0, ALL).size
 LAST = 1 - 2**-53
 NONE = {"temperature": None, "top_k": None, "top_p": None, "min_p": None}
 

@@ -22,13 +22,13 @@ from gpt2rt.kernels.penalties import (
     reset_counts_ref,
     reset_counts_triton,
 )
-from gpt2rt.kernels.sampling_select import MAX_LIST, TILES, select_workspace
+from gpt2rt.kernels.sampling_select import CHUNKS, MAX_LIST, select_workspace
 from gpt2rt.kernels.uniforms import uniforms_into_triton, uniforms_triton
 
 pytestmark = [pytest.mark.kernel, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 INF = math.inf
-CHUNK = TILES.find(0, ALL).chunk
+CHUNK = CHUNKS.find(0, ALL).size
 
 
 def doubles(*values):
