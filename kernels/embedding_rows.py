@@ -38,6 +38,51 @@ def embedding_rows_ref(input_ids: Tensor, position_ids: Tensor, wte: DeviceWeigh
 
 
 @triton.jit
+def embedded(
+    token_id,
+    position,
+    table_ptr,
+    scales_ptr,
+    zeros_ptr,
+    codebook_ptr,
+    wpe_ptr,
+    stride_table,
+    stride_wpe,
+    cols,
+    V: tl.constexpr,
+    P: tl.constexpr,
+    E: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Columns [BLOCK] of a token's row, float32: NaN where an id, int64 both, is no row of its table."""
+    mask = cols < E
+    known = (token_id >= 0) & (token_id < V) & (position >= 0) & (position < P)
+    x = tl.full([BLOCK], float("nan"), tl.float32)
+    if known:
+        row_ptr = table_ptr + token_id * stride_table
+        if FORMAT == "dense":
+            x = tl.load(row_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        elif FORMAT == "int8":
+            x = tl.load(row_ptr + cols, mask=mask, other=0).to(tl.float32) * tl.load(scales_ptr + token_id)
+        else:
+            words = tl.load(row_ptr + cols // 64 * 8 + cols % 8, mask=mask, other=0)
+            codes = (words >> (cols % 64 // 8 * 4)) & 15
+            groups = token_id * ((E + GROUP - 1) // GROUP) + cols // GROUP
+            if FORMAT == "code4":
+                x = tl.load(codebook_ptr + codes, mask=mask, other=0.0)
+            elif HAS_ZEROS:
+                x = (codes - tl.load(zeros_ptr + groups, mask=mask, other=0).to(tl.int32)).to(tl.float32)
+            else:
+                x = (codes - 8).to(tl.float32)
+            x *= tl.load(scales_ptr + groups, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(wpe_ptr + position * stride_wpe + cols, mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _embedding_rows_kernel(
     input_ids_ptr,
     position_ids_ptr,
@@ -63,31 +108,27 @@ def _embedding_rows_kernel(
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < E
-    # ids are int64, so id * stride is int64 as well
-    token_id = tl.load(input_ids_ptr + token)
-    position = tl.load(position_ids_ptr + token)
-    known = (token_id >= 0) & (token_id < V) & (position >= 0) & (position < P)
-    x = tl.full([BLOCK], float("nan"), tl.float32)
-    if known:
-        row_ptr = table_ptr + token_id * stride_table
-        if FORMAT == "dense":
-            x = tl.load(row_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        elif FORMAT == "int8":
-            x = tl.load(row_ptr + cols, mask=mask, other=0).to(tl.float32) * tl.load(scales_ptr + token_id)
-        else:
-            words = tl.load(row_ptr + cols // 64 * 8 + cols % 8, mask=mask, other=0)
-            codes = (words >> (cols % 64 // 8 * 4)) & 15
-            groups = token_id * ((E + GROUP - 1) // GROUP) + cols // GROUP
-            if FORMAT == "code4":
-                x = tl.load(codebook_ptr + codes, mask=mask, other=0.0)
-            elif HAS_ZEROS:
-                x = (codes - tl.load(zeros_ptr + groups, mask=mask, other=0).to(tl.int32)).to(tl.float32)
-            else:
-                x = (codes - 8).to(tl.float32)
-            x *= tl.load(scales_ptr + groups, mask=mask, other=0.0).to(tl.float32)
-        x += tl.load(wpe_ptr + position * stride_wpe + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(x_ptr + token * stride_x + cols, x, mask=mask)
+    x = embedded(
+        # ids are int64, so id * stride is int64 as well
+        tl.load(input_ids_ptr + token),
+        tl.load(position_ids_ptr + token),
+        table_ptr,
+        scales_ptr,
+        zeros_ptr,
+        codebook_ptr,
+        wpe_ptr,
+        stride_table,
+        stride_wpe,
+        cols,
+        V,
+        P,
+        E,
+        FORMAT,
+        GROUP,
+        HAS_ZEROS,
+        BLOCK,
+    )
+    tl.store(x_ptr + token * stride_x + cols, x, mask=cols < E)
 
 
 def embedding_rows_triton(

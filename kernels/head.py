@@ -9,9 +9,9 @@ index lies outside x, and with ``finite`` one with -infinity.
 
 Two kernels. The first is ``linear_rows`` with another end: a program owns a few rows of the weight and leaves one
 integer a row of x, a key whose high half orders floats and whose low half orders ids backwards. The second takes the
-largest key of a row. Being integers, keys have one maximum, in whatever order they are compared. A counter that lets
-the last program do this would save a launch, but needs memory ordered between programs, which no test without a GPU
-could prove.
+largest key of a row; in a decode loop it is part of ``advance.py``, which needs the token anyway. Being integers, keys
+have one maximum, in whatever order they are compared. A counter that lets the last program of the first do this would
+need memory ordered between programs, which no test without a GPU could prove.
 """
 
 import torch
@@ -28,7 +28,7 @@ from .row_tiles import load_input, load_norm, load_tile, product_by_tiles, tile_
 from .sampling_refs import argmax_ref
 from .weights import DeviceWeight
 
-__all__ = ["head_argmax_ref", "head_argmax_triton", "head_workspace_bytes"]
+__all__ = ["KEYS", "head_argmax_ref", "head_argmax_triton", "head_keys_triton", "head_workspace_bytes", "largest_of"]
 
 # 64 weights a thread, for a vocabulary has programs enough. Starting points, not tuned on a device yet
 LINES: tuple[Line, ...] = (
@@ -179,11 +179,9 @@ def _head_kernel(
         tl.store(keys_ptr + target * tl.num_programs(0) + tl.program_id(0), tl.max(keys, 0))
 
 
-@triton.jit(do_not_specialize=["num_keys"])
-def _largest_key_kernel(keys_ptr, ids_ptr, best_ptr, num_keys, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    let_dependents_start(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    wait_for_inputs(PDL)
+@triton.jit
+def largest_of(keys_ptr, row, num_keys, BLOCK: tl.constexpr):
+    """(token, logit) of the largest key of a row: the first of the largest logits, or -1 and NaN."""
     best = tl.full([BLOCK], -(2**63), tl.int64)
     for start in range(0, num_keys, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -196,52 +194,58 @@ def _largest_key_kernel(keys_ptr, ids_ptr, best_ptr, num_keys, BLOCK: tl.constex
     value = tl.where(fine, bits.to(tl.float32, bitcast=True), float("nan"))
     # all logits -inf: nothing to choose
     fine = fine & (value > float("-inf"))
-    tl.store(ids_ptr + row, tl.where(fine, 0x7FFFFFFF - (key & 0xFFFFFFFF), -1))
-    tl.store(best_ptr + row, tl.where(fine, value, float("nan")))
+    return tl.where(fine, 0x7FFFFFFF - (key & 0xFFFFFFFF), -1), tl.where(fine, value, float("nan"))
 
 
-def head_argmax_triton(
+@triton.jit(do_not_specialize=["num_keys"])
+def _largest_key_kernel(keys_ptr, ids_ptr, best_ptr, num_keys, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    let_dependents_start(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    wait_for_inputs(PDL)
+    token, value = largest_of(keys_ptr, row, num_keys, BLOCK)
+    tl.store(ids_ptr + row, token)
+    tl.store(best_ptr + row, value)
+
+
+def head_keys_triton(
     x: Tensor,
     weight: DeviceWeight,
     norm: Norm | None,
     logits_indices: Tensor | None,
-    ids_out: Tensor,
-    best_out: Tensor,
+    num_rows: int,
     workspace: Tensor,
     *,
     logits_out: Tensor | None = None,
     finite: bool = False,
     pdl: bool = False,
-) -> None:
-    """Launch both kernels; nothing is allocated and nothing waits for the device.
+) -> Tensor:
+    """Launch the first kernel; nothing is allocated and nothing waits for the device.
 
     Args:
         x: [T, K], contiguous rows, a storage dtype.
         weight: (N, K); N below 2^31.
         norm: of the rows of ``x``, or None.
         logits_indices: [M] int64 or int32, the rows of ``x`` that are asked for; None: the first M.
-        ids_out: [M] int64; written.
-        best_out: [M] float32; written.
+        num_rows: M.
         workspace: uint8, at least :func:`head_workspace_bytes`, starting at a multiple of 8 bytes.
         logits_out: [M, N] float32 with contiguous rows, or None; written.
         finite: -inf is as bad as NaN.
-        pdl: programmatic dependent launch; the kernel before these in the stream must follow its rules (fusion.py).
+        pdl: programmatic dependent launch; the kernel before this one in the stream must follow its rules (fusion.py).
+
+    Returns:
+        [M, number of programs] int64, the keys, at the start of ``workspace``.
 
     Raises:
         ValueError: sizes that contradict each other.
     """
     n, k = weight.shape
-    num_rows = ids_out.size(0)
     asked = x.size(0) if logits_indices is None else logits_indices.size(0)
     if x.size(1) != k or x.stride(1) != 1:
         raise ValueError(
             f"head_argmax: x is {list(x.shape)} with strides {list(x.stride())}, expected [T, {k}] with contiguous rows"
         )
-    if asked < num_rows or best_out.size(0) != num_rows:
-        raise ValueError(
-            f"head_argmax: ids_out has {num_rows} rows, best_out {best_out.size(0)}, and {asked} rows are given; "
-            "expected as many of each, or more given than written"
-        )
+    if asked < num_rows:
+        raise ValueError(f"head_argmax: {num_rows} rows are wanted of the {asked} that are given")
     needed = head_workspace_bytes(weight, num_rows)
     if workspace.numel() * workspace.element_size() < needed:
         raise ValueError(
@@ -252,13 +256,11 @@ def head_argmax_triton(
         raise ValueError(
             f"head_argmax: logits_out is {list(logits_out.shape)}, expected [{num_rows}, {n}] with contiguous rows"
         )
-    if not num_rows:
-        return
     config = head_config(weight)
     num_keys = triton.cdiv(n, config.block_n)
-    keys = workspace[:needed].view(torch.int64)
-    # the option is given only where it is asked for: targets before sm_90 do not know it
-    launch = {"launch_pdl": True} if pdl else {}
+    keys = workspace[:needed].view(torch.int64).view(num_rows, num_keys)
+    if not num_rows:
+        return keys
     with on_device(x):
         _head_kernel[(num_keys,)](
             x,
@@ -288,9 +290,45 @@ def head_argmax_triton(
             FINITE=finite,
             PDL=pdl,
             num_warps=config.num_warps,
-            **launch,
+            # the option is given only where it is asked for: targets before sm_90 do not know it
+            **({"launch_pdl": True} if pdl else {}),
             **OPTIONS,
         )
+    return keys
+
+
+def head_argmax_triton(
+    x: Tensor,
+    weight: DeviceWeight,
+    norm: Norm | None,
+    logits_indices: Tensor | None,
+    ids_out: Tensor,
+    best_out: Tensor,
+    workspace: Tensor,
+    *,
+    logits_out: Tensor | None = None,
+    finite: bool = False,
+    pdl: bool = False,
+) -> None:
+    """Launch both kernels; nothing is allocated and nothing waits for the device.
+
+    Args:
+        ids_out: [M] int64; written.
+        best_out: [M] float32; written.
+        x, weight, norm, logits_indices, workspace, logits_out, finite, pdl: as for :func:`head_keys_triton`.
+
+    Raises:
+        ValueError: sizes that contradict each other.
+    """
+    num_rows = ids_out.size(0)
+    if best_out.size(0) != num_rows:
+        raise ValueError(f"head_argmax: ids_out has {num_rows} rows, best_out {best_out.size(0)}; expected as many")
+    options = {"logits_out": logits_out, "finite": finite, "pdl": pdl}
+    keys = head_keys_triton(x, weight, norm, logits_indices, num_rows, workspace, **options)
+    if not num_rows:
+        return
+    launch = {"launch_pdl": True} if pdl else {}
+    with on_device(x):
         _largest_key_kernel[(num_rows,)](
-            keys, ids_out, best_out, num_keys, BLOCK=KEYS, PDL=pdl, num_warps=8, **launch, **OPTIONS
+            keys, ids_out, best_out, keys.size(1), BLOCK=KEYS, PDL=pdl, num_warps=8, **launch, **OPTIONS
         )

@@ -158,7 +158,7 @@ class ReplayedStep:
         chosen = self.chain.run(self.buffers, self.cache, self.max_query_len, hidden=False, chosen=self.ids)
         if self.ids is None:
             return self.buffers.logits
-        if not chosen:
+        if chosen is None:
             argmax_into_triton(self.buffers.logits, self.ids, self._maxima, self._places, finite=True)
         return self.ids
 

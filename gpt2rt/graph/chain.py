@@ -8,7 +8,8 @@ Launches a layer, for up to 8 tokens of one query a sequence: norm + QKV + cache
 context; merge + projection + residual (two launches beyond 512 tokens of context); norm + product + activation; product
 + residual. Up to 64 tokens: the merge is a launch of its own, and so is the sum of each product that is split over K.
 More tokens: the norms are launches of their own, and attention is that of prompts. An 8-bit cache adds one launch,
-which needs whole heads at a time.
+which needs whole heads at a time. Beside the layers: the embedding, and norm + output layer. A greedy decode loop of up
+to 8 tokens embeds and chooses in one launch behind the output layer, which makes two beside the layers.
 
 Triton is imported here, so this module is imported only where it is used.
 """
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 
 from gpt2rt.cache import PagedKVCache
+from gpt2rt.kernels.advance import Embedding
 from gpt2rt.kernels.embedding_rows import embedding_rows_triton
 from gpt2rt.kernels.fused_linear import MAX_ROWS, Append, Partials, fused_linear_rows, fused_linear_triton
 from gpt2rt.kernels.fused_linear import Norm as KernelNorm
 from gpt2rt.kernels.fusion import ACTIVATIONS
-from gpt2rt.kernels.head import head_argmax_triton, head_workspace_bytes
+from gpt2rt.kernels.head import head_argmax_triton, head_keys_triton, head_workspace_bytes
 from gpt2rt.kernels.linear_tiles import workspace_bytes
 from gpt2rt.kernels.merge_splits import merge_splits_triton
 from gpt2rt.kernels.norm_rows import norm_rows_triton
@@ -251,7 +253,8 @@ class Chain:
         *,
         hidden: bool = True,
         chosen: Tensor | None = None,
-    ) -> bool:
+        in_loop: bool = False,
+    ) -> Tensor | None:
         """Launch a step on what is in the buffers; logits and hidden rows are there when the device has run it.
 
         Args:
@@ -260,17 +263,27 @@ class Chain:
             max_query_len: a bound of the tokens that one sequence computes.
             hidden: the rows after the final norm are wanted too; else they may not be written.
             chosen: [num_logits] int64 for the first of the largest logits of each row, -1 unless all are finite.
+            in_loop: the tokens' rows are embedded already (``advance.py``), and so is the choice among keys its affair.
 
         Returns:
-            Whether ``chosen`` was written, and then logits perhaps not; if it was not, it is left to the caller.
+            ``chosen``, if it was written; with ``in_loop`` perhaps instead of it the keys of which the largest say what
+            it is, [num_logits, any] int64. Logits may not be written then. None: the choice is left to the caller.
         """
         if self.persistent is not None and self.persistent.serves(buffers, cache):
             self.persistent.run(buffers, cache, hidden=hidden, chosen=chosen)
-            return chosen is not None
-        step = _Launches(self, buffers, cache, max_query_len, hidden, chosen)
+            return chosen
+        step = _Launches(self, buffers, cache, max_query_len, hidden, chosen, in_loop)
         for node in self.plan.nodes:
             step.launch(node)
-        return step.has_chosen
+        return step.choice
+
+    def embedding(self, buffers: Buffers) -> Embedding:
+        """Where the rows of a step's tokens come from, and where they go."""
+        return Embedding(self._wte, self._wpe, buffers.x)
+
+    def embed(self, buffers: Buffers) -> None:
+        """Launch the embedding alone: what a step with ``in_loop`` takes for granted."""
+        embedding_rows_triton(buffers.input_ids, buffers.position_ids, self._wte, self._wpe, buffers.x, pdl=self.pdl)
 
     def product(self, linear: Linear) -> _Product:
         """A linear layer of the plan, packed."""
@@ -288,6 +301,7 @@ class _Launches:
         max_query_len: int,
         wants_hidden: bool,
         chosen: Tensor | None,
+        in_loop: bool,
     ) -> None:
         self.chain = chain
         self.plan = chain.plan
@@ -296,7 +310,9 @@ class _Launches:
         self.max_query_len = max_query_len
         self.wants_hidden = wants_hidden
         self.chosen = chosen
-        self.has_chosen = False
+        self.in_loop = in_loop
+        # what says which tokens were chosen
+        self.choice: Tensor | None = None
         self.num_tokens = buffers.size.num_tokens
         # the product's own norm rounds unlike a separate one: a choice by size would let bits depend on it
         self.fuses_norm = chain.batch_invariant or self.num_tokens <= MAX_FUSED_NORM
@@ -307,8 +323,10 @@ class _Launches:
 
     def launch(self, node: object) -> None:
         match node:
+            case Embed() if self.in_loop:
+                pass
             case Embed():
-                self._embed()
+                self.chain.embed(self.b)
             case NormQKV():
                 self._qkv(node)
             case Attention():
@@ -321,11 +339,6 @@ class _Launches:
                 norm_rows_triton(self.b.x, _norm(node.norm), self.b.x, pdl=self.chain.pdl)
             case Head():
                 self._head(node)
-
-    def _embed(self) -> None:
-        embedding_rows_triton(
-            self.b.input_ids, self.b.position_ids, self.chain._wte, self.chain._wpe, self.b.x, pdl=self.chain.pdl
-        )
 
     def _linear(self, x: Tensor, linear: Linear, out: Tensor, *, norm: Norm | None = None, **options) -> None:
         product = self.chain.product(linear)
@@ -421,18 +434,13 @@ class _Launches:
             if self.chosen is None or self.num_tokens > MAX_ROWS or product.bias is not None:
                 self._linear(b.x, node.linear, b.logits, norm=node.norm)
                 return
-            head_argmax_triton(
-                b.x,
-                product.weight,
-                None if node.norm is None else _norm(node.norm),
-                None,
-                self.chosen,
-                b.best,
-                b.workspace,
-                finite=True,
-                pdl=self.chain.pdl,
-            )
-            self.has_chosen = True
+            norm = None if node.norm is None else _norm(node.norm)
+            options = {"finite": True, "pdl": self.chain.pdl}
+            if self.in_loop:
+                self.choice = head_keys_triton(b.x, product.weight, norm, None, self.num_tokens, b.workspace, **options)
+                return
+            head_argmax_triton(b.x, product.weight, norm, None, self.chosen, b.best, b.workspace, **options)
+            self.choice = self.chosen
             return
         norm = None if node.norm is None else _norm(node.norm)
         norm_rows_triton(b.x, norm, b.hidden, rows=b.logits_indices, pdl=self.chain.pdl)

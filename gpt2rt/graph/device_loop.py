@@ -287,7 +287,7 @@ class _State:
         def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.chosen, self.step = new(rows), new(1)
+        self.chosen, self.step = new(rows), new(rows)
         self.ring = new(RING, rows)
         self.limits = new(rows, dtype=torch.int32)
         # one for each step of the ring: a copy to the device may still be under way when the next step's is written
@@ -335,6 +335,8 @@ class _State:
         self._send(self.limits, [*limits, *padding])
         self.step.zero_()
         self._shape = []
+        # later ones are embedded by the step before them
+        executor.chain.embed(buffers)
         if sampling is None:
             return ()
         for name in ("seeds", "requests", "choices", "positions"):
@@ -411,9 +413,9 @@ class _State:
         self, executor: CudaExecutor, buffers: Buffers, cache: PagedKVCache, settings: tuple[bool, ...]
     ) -> None:
         wanted = None if self.draws else self.chosen
-        has_chosen = executor.chain.run(buffers, cache, 1, hidden=False, chosen=wanted)
+        choice = executor.chain.run(buffers, cache, 1, hidden=False, chosen=wanted, in_loop=True)
         logits = buffers.logits
-        if not (self.draws or has_chosen):
+        if not self.draws and choice is None:
             argmax_into_triton(logits, self.chosen, self.work.maxima, self._places, finite=True)
         if self.draws:
             numbers = self._integers
@@ -447,6 +449,8 @@ class _State:
             self.ring,
             self.step,
             self._block_size,
+            keys=None if choice is self.chosen else choice,
+            embedding=executor.chain.embedding(buffers),
             pdl=executor.pdl,
         )
 

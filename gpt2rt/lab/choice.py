@@ -172,7 +172,7 @@ def advance(place: Place, *, rows: int) -> Problem:
         "limits": place.integers(1, blocks * block_size + 1, rows, dtype=torch.int32),
         "block_table": place.integers(0, 999, rows, blocks, dtype=torch.int32),
         "ring": place.integers(0, 50, ring, rows),
-        "step": torch.full((1,), 6, dtype=torch.int64, device=place.device),
+        "step": torch.full((rows,), 6, dtype=torch.int64, device=place.device),
     }
     before = {name: tensor.clone() for name, tensor in state.items()}
     chosen = place.integers(-1, 50, rows)

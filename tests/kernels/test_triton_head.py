@@ -196,7 +196,7 @@ def test_sizes_that_contradict_each_other_are_refused():
             head_argmax_triton(x, weight, None, indices, ids, best, workspace, logits_out=logits)
 
     refused(r"x is \[2, 5\].*expected \[T, 4\]", x=torch.ones(2, 5))
-    refused("and 1 rows are given", indices=torch.zeros(1, dtype=torch.int64))
+    refused("2 rows are wanted of the 1", indices=torch.zeros(1, dtype=torch.int64))
     refused("best_out 1", best=best[:1])
     refused("the workspace has 8 bytes", workspace=workspace[:8])
     refused(r"logits_out is \[2, 11\]", logits=torch.zeros(2, 11))

@@ -9,6 +9,7 @@ import torch
 from gpt2rt.graph import StepBatch, chain, device_loop, executor
 from gpt2rt.graph.eager import EagerExecutor
 from gpt2rt.kernels.advance import advance_ref
+from gpt2rt.kernels.embedding_rows import embedding_rows_ref
 from gpt2rt.kernels.sampling_refs import argmax_ref, sample_ref, uniforms_ref
 
 
@@ -16,14 +17,29 @@ def use_host_kernels(monkeypatch):
     """Make ``executor="cuda"`` run on the CPU until the test ends."""
     monkeypatch.setattr(executor, "_why_not_cuda", lambda plan: "")
     monkeypatch.setattr(chain.Chain, "run", _run)
-    monkeypatch.setattr(device_loop, "advance_triton", lambda *tensors, pdl: advance_ref(*tensors))
+    monkeypatch.setattr(chain.Chain, "embed", _embed)
+    monkeypatch.setattr(device_loop, "advance_triton", _advance)
     monkeypatch.setattr(device_loop, "argmax_into_triton", _argmax_into)
     monkeypatch.setattr(device_loop, "sample_into_triton", _sample_into)
     monkeypatch.setattr(device_loop, "uniforms_into_triton", _uniforms_into)
 
 
-def _run(self, buffers, cache, max_query_len, *, hidden=True, chosen=None):
+def _embed(self, buffers):
+    buffers.x.copy_(embedding_rows_ref(buffers.input_ids, buffers.position_ids, self._wte, self._wpe))
+
+
+def _advance(*tensors, keys, embedding, pdl):
+    assert keys is None
+    advance_ref(*tensors, embedding=embedding)
+
+
+def _run(self, buffers, cache, max_query_len, *, hidden=True, chosen=None, in_loop=False):
     """A step on what is in the buffers; what padding gives is NaN, and it has no slot."""
+    if in_loop:
+        # the step before has embedded these tokens
+        embedded = buffers.x.clone()
+        _embed(self, buffers)
+        assert torch.equal(buffers.x, embedded)
     live = int((buffers.seq_lens > 0).sum())
     decodes = buffers.size.num_splits > 0
     # sequences that have ended may stand between others
@@ -35,7 +51,7 @@ def _run(self, buffers, cache, max_query_len, *, hidden=True, chosen=None):
     buffers.logits.fill_(torch.nan)
     buffers.hidden.fill_(torch.nan)
     if not live:
-        return False
+        return None
     wanted = torch.arange(live) if decodes else buffers.logits_indices
     batch = StepBatch(
         input_ids=buffers.input_ids[rows],
@@ -53,7 +69,7 @@ def _run(self, buffers, cache, max_query_len, *, hidden=True, chosen=None):
     buffers.hidden[targets] = found.hidden
     if found.logits is not None:
         buffers.logits[targets] = found.logits
-    return False
+    return None
 
 
 def _argmax_into(scores, out, maxima, places, *, finite):

@@ -4,7 +4,7 @@ import torch
 from spec import Spec
 from torch import Tensor
 
-from gpt2rt.kernels.advance import advance_triton
+from gpt2rt.kernels.advance import Embedding, advance_triton
 from gpt2rt.kernels.bias_gelu_new import bias_gelu_new_triton
 from gpt2rt.kernels.embedding import embedding_triton
 from gpt2rt.kernels.embedding_rows import embedding_rows_triton
@@ -54,15 +54,18 @@ def _linear(
 
 def _embedding_rows(n: int, dtype: torch.dtype, kind: str, wide_loads: int) -> Spec:
     ids, wpe, out = _empty(8, dtype=torch.int64), _empty(1024, n, dtype=dtype), _empty(8, n, dtype=F32)
-    if kind == "dense":
-        wte = DeviceWeight("dense", (50257, n), _empty(50257, n, dtype=dtype), dtype)
-    elif kind == "int8":
-        wte = DeviceWeight("int8", (50257, n), _empty(50257, n, dtype=torch.int8), dtype, _empty(50257, dtype=F32))
-    else:
-        words, scales = _empty(50257, n // 8, dtype=torch.int32), _empty(50257, -(-n // 64), dtype=F16)
-        wte = DeviceWeight("int4", (50257, n), words, dtype, scales, group_size=64)
+    wte = _table(n, dtype, kind)
     name = f"embedding_rows n={n} {NAMES[dtype]} {kind}"
     return Spec(name, lambda: embedding_rows_triton(ids, ids, wte, wpe, out), (wide_loads,))
+
+
+def _table(n: int, dtype: torch.dtype, kind: str) -> DeviceWeight:
+    if kind == "dense":
+        return DeviceWeight("dense", (50257, n), _empty(50257, n, dtype=dtype), dtype)
+    if kind == "int8":
+        return DeviceWeight("int8", (50257, n), _empty(50257, n, dtype=torch.int8), dtype, _empty(50257, dtype=F32))
+    words, scales = _empty(50257, n // 8, dtype=torch.int32), _empty(50257, -(-n // 64), dtype=F16)
+    return DeviceWeight("int4", (50257, n), words, dtype, scales, group_size=64)
 
 
 def _norm_rows(n: int, dtype: torch.dtype, wide_loads: int, *, pdl: bool = False) -> Spec:
@@ -73,11 +76,21 @@ def _norm_rows(n: int, dtype: torch.dtype, wide_loads: int, *, pdl: bool = False
     return Spec(name, lambda: norm_rows_triton(x, norm, out, rows=chosen, pdl=pdl), (wide_loads,), pdl=pdl)
 
 
-def _advance(num_rows: int) -> Spec:
+def _advance(num_rows: int, n: int = 0, kind: str = "", wide_loads: int = 0) -> Spec:
+    """With ``n``: as a decode loop launches it, with the head's keys and the next step's rows."""
     ids, lens = _empty(num_rows, dtype=torch.int64), _empty(num_rows, dtype=torch.int32)
     table, ring = _empty(num_rows, 64, dtype=torch.int32), _empty(4, num_rows, dtype=torch.int64)
-    state = ids, ids, ids, lens, lens, table, ring, _empty(1, dtype=torch.int64)
-    return Spec(f"advance {num_rows}", lambda: advance_triton(ids, *state, 16), (0,))
+    state = ids, ids, ids, lens, lens, table, ring, ids
+    if not n:
+        return Spec(f"advance {num_rows}", lambda: advance_triton(ids, *state, 16), (0,))
+    embedding = Embedding(_table(n, F16, kind), _empty(1024, n, dtype=F16), _empty(num_rows, n, dtype=F32))
+    keys = _empty(num_rows, 3142, dtype=torch.int64)
+    return Spec(
+        f"advance {num_rows} n={n} {kind} pdl",
+        lambda: advance_triton(ids, *state, 16, keys=keys, embedding=embedding, pdl=True),
+        (wide_loads,),
+        pdl=True,
+    )
 
 
 SPECS = [
@@ -98,4 +111,6 @@ SPECS = [
     _norm_rows(1600, F16, 1),
     _norm_rows(768, BF16, 1, pdl=True),
     _advance(8),
+    _advance(1, 768, "dense", 1),
+    _advance(8, 1600, "int8", 0),
 ]
