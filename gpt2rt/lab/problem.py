@@ -113,6 +113,7 @@ class Problem:
         prepare: brings outputs and states into the condition before a call.
         outputs: what to compare, from what a call returned.
         unchecked: forms whose results are others by their nature.
+        definition: what ``expected`` gave, once it was asked.
     """
 
     forms: dict[str, Callable[[int], Any]]
@@ -123,6 +124,7 @@ class Problem:
     prepare: Callable[[], None] = _nothing
     outputs: Callable[[Any], Any] = _as_tuple
     unchecked: frozenset[str] = frozenset()
+    definition: tuple[Tensor, ...] | None = None
 
     def error(self, form: str) -> float | None:
         """How far a form's results on copy 0 lie from the definition; None for an unchecked one.
@@ -132,7 +134,11 @@ class Problem:
         """
         if form in self.unchecked:
             return None
-        return largest_error(self.results(form), self.expected())
+        results = self.results(form)
+        if self.definition is None:
+            # once for all forms: in float64 it takes longer than they do
+            self.definition = _as_tuple(self.expected())
+        return largest_error(results, self.definition)
 
     def results(self, form: str) -> tuple[Tensor, ...]:
         """What a form gives on copy 0, as it is compared; may share memory with what the next call gives."""

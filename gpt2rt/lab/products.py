@@ -83,7 +83,7 @@ def quantized_linear(place: Place, *, rows: int, k: int, n: int, format: str) ->
     wide = make_dense(place, codes, scales, zeros, table, k, group)
     dense = [wide] + [wide.clone() for _ in range(min(copies, place.copies(size_of(wide))) - 1)]
     forms["torch, dense"] = lambda i: F.linear(x, dense[i % len(dense)], bias)
-    if place.device.type == "cuda" and format == "int4" and place.dtype == torch.bfloat16:
+    if place.device.type == "cuda" and format == "int4" and place.dtype == torch.bfloat16 and inner_tiles(k):
         forms["torch int4"] = tinygemm(x, held, scales, bias, group)
     return Problem(
         forms,
@@ -102,10 +102,19 @@ def make_dense(place: Place, codes, scales, zeros, table, k: int, group: int) ->
     return packed.dequantize(place.dtype)
 
 
+def inner_tiles(k: int) -> int:
+    """Tiles of 16 columns that torch's int4 product reads together, of rows of ``k`` columns; 0: it has none for them.
+
+    Source: ``_convert_weight_to_int4pack`` of torch (aten/src/ATen/native/cuda/int4mm.cu) wants whole groups of them.
+    """
+    return next((tiles for tiles in (8, 4, 2) if k % (16 * tiles) == 0), 0)
+
+
 def tinygemm(x: Tensor, held: list[Tensor], scales: Tensor, bias: Tensor, group: int) -> Callable[[int], Tensor]:
     """torch's own int4 product, on the same codes: bfloat16, CUDA."""
     pairs = torch.stack((scales, torch.zeros_like(scales)), dim=-1).transpose(0, 1).contiguous().bfloat16()
-    packed = [torch._convert_weight_to_int4pack(codes, 8) for codes in held]
+    tiles = inner_tiles(x.size(1))
+    packed = [torch._convert_weight_to_int4pack(codes, tiles) for codes in held]
     return lambda i: torch._weight_int4pack_mm(x, packed[i], group, pairs) + bias
 
 

@@ -20,6 +20,9 @@ Call = Callable[[int], Any]
 
 # threads of torch's CPU kernels spin for a while after their last work; so long nobody else is measured
 SETTLE_S = 0.02
+# a device is kept busy for so many cycles (some 100 us) before the first event: a graph that is launched meanwhile
+# starts right behind it, and the time is the device's alone
+_BUSY_CYCLES = 200_000
 _FAILED: list[torch.cuda.CUDAGraph] = []
 
 
@@ -116,6 +119,22 @@ class Timer:
                     call(i)
 
             return _Prepared(next_ones, count, False)
+        count, several = self._several(call, copies, wanted)
+        graph = self._capture(several)
+        if graph is None:
+            return _Prepared(several, count, False)
+        prepared = _Prepared(graph.replay, count, True)
+        # the guess was of launches from Python, which a graph can be many times faster than
+        graph.replay()
+        more, several = self._several(call, copies, self.target_us / max(self._once(prepared), 0.1))
+        if more > count:
+            again = self._capture(several)
+            if again is not None:
+                prepared = _Prepared(again.replay, more, True)
+        return prepared
+
+    def _several(self, call: Call, copies: int, wanted: float) -> tuple[int, Callable[[], None]]:
+        """How many calls one measurement holds, and these calls."""
         # a graph always calls on the same copies: whole turns
         count = max(1, min(self.max_calls, max(1, round(wanted / copies)) * copies))
 
@@ -123,14 +142,14 @@ class Timer:
             for i in range(count):
                 call(i % copies)
 
-        graph = self._capture(several)
-        return _Prepared(several if graph is None else graph.replay, count, graph is not None)
+        return count, several
 
     def _capture(self, launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.graph(graph):
+            # other threads (compilers, those that pin memory) may use the device meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 launches()
         except RuntimeError:
             # torch may have left the capture's stream current, and its allocator may still ask this graph
@@ -148,6 +167,8 @@ class Timer:
             prepared.run()
             return (time.perf_counter() - start) * 1e6 / prepared.count
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if prepared.captured:
+            torch.cuda._sleep(_BUSY_CYCLES)
         before.record()
         prepared.run()
         after.record()
@@ -194,7 +215,9 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Operations a second of torch's product of two square matrices."""
     a = torch.ones(size, size, dtype=dtype, device=device)
     b = torch.ones(size, size, dtype=dtype, device=device)
-    times, _ = Timer(device, rounds=7, max_calls=4).compare({"product": lambda _: a @ b})
+    # small products need company: a measurement of a few of them would be mostly its own beginning and end
+    timer = Timer(device, rounds=7, max_calls=64 if device.type == "cuda" else 4)
+    times, _ = timer.compare({"product": lambda _: a @ b})
     return 2 * size**3 / times["product"].median * 1e6
 
 

@@ -174,6 +174,24 @@ def test_a_form_that_fails_only_when_timed_is_a_failure():
     assert not result["ok"]
 
 
+def test_the_definition_is_computed_once_for_all_forms():
+    asked = []
+    operation = operation_of(**{"C++": lambda x, out: x + x, "torch": lambda x, out: 3 * x})
+    problem = operation.problem(Place("cpu"), {"n": 2})
+    expected = problem.expected
+    problem.expected = lambda: (asked.append(1), expected())[1]
+    assert [problem.error(form) for form in ("C++", "torch", "C++")] == [0.0, pytest.approx(0.5), 0.0]
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("k", "tiles"), [(768, 8), (1600, 4), (1632, 2), (1616, 0)])
+def test_torchs_int4_product_takes_whole_groups_of_tiles(k, tiles):
+    """It was asked for eight tiles of every width: the problem of GPT-2 XL's, a target, could not even be made."""
+    from gpt2rt.lab.products import inner_tiles
+
+    assert inner_tiles(k) == tiles
+
+
 def test_whose_a_form_is():
     assert all(is_ours(form) for form in ("C++", "Triton", "CUDA C++", "Triton: n8 w8"))
     assert not any(is_ours(form) for form in ("torch", "torch, dense", "definition", "Tritonish"))
