@@ -17,6 +17,21 @@ SECTIONS = {
     "h": ("sanitizer", "compute-sanitizer on the smallest shapes"),
 }
 
+#: what one command of under ten minutes runs, in order of worth: first whether it is right and what it promises bit for
+#: bit, then latency, then all else
+PARTS = {"1": "a,g", "2": "b,c", "3": "d,e,f,h"}
+#: how the time of a command is shared, if its sections need more than there is; what one leaves goes to the next
+WEIGHTS = {
+    "correctness": 6,
+    "ceilings": 1,
+    "decode": 8,
+    "throughput": 3,
+    "prefill": 3,
+    "kernels": 4,
+    "invariance": 3,
+    "sanitizer": 4,
+}
+
 
 def chosen(text: str) -> list[str]:
     """Names of sections out of letters or names with commas between; empty: all.

@@ -12,66 +12,94 @@ from gpt2rt.lab.problem import variant
 from gpt2rt.lab.timing import Times, describe
 from gpt2rt.ops.cuda_extension import cuda_extension_status
 
-from .models import DTYPES, ReplayedStep, altered, decode_batch, drop, make_model, random_cache, step_bytes
-from .peers import TRANSFORMERS_MODES, TorchStep, generate_us, transformers_model
+from .models import (
+    DTYPES,
+    ReplayedStep,
+    altered,
+    decode_batch,
+    drop,
+    make_model,
+    random_cache,
+    step_bytes,
+    title_of,
+    weights_of,
+)
+from .peers import COMPILED, TRANSFORMERS_MODES, TorchStep, generate_us, note_quantised_peers, transformers_model
 from .persistent import LABEL as PERSISTENT
-from .persistent import persistent_chain
+from .persistent import chain_label, time_beside_chain
 from .session import Session, as_times
 
 #: new tokens of a measured generation
 NEW_TOKENS = 64
+#: seconds that torch.compile may take over a model of 1.5B without a row
+PATIENCE_S = 240.0
 
 
 def run(session: Session) -> None:
     names = ["toy"] if session.toy else ["124M", "355M", "774M", "1.5B"]
     formats = ["float16", "int4"] if session.toy else ["float16", "int4", "int8"]
-    # first what the device does, for all; then what a user waits for, whose peers take long to compile
-    for part in (_steps, _generate):
-        for format in formats:
+    note_quantised_peers(session)
+    # first what the device does, for all; then the kernel that no device has proven, which a whole grid waits in; then
+    # what a user waits for, whose peers take long to compile
+    for part, wanted in ((_steps, formats), (_persistent, formats[:1]), (_generate, formats)):
+        for format in wanted:
             for name in names:
-                session.need(30)
-                with session.attempt(f"{part.__name__.strip('_')} {name} {format}"):
+                title = f"{part.__name__.strip('_')} {name} {format}"
+                if session.over(title):
+                    continue
+                session.need(20)
+                with session.attempt(title, PATIENCE_S):
                     part(session, name, format, make_model(name, format, session.device))
                 drop()
 
 
+def _contexts(session: Session) -> tuple[int, ...]:
+    return (40,) if session.toy else (256, 1024)
+
+
 def _steps(session: Session, name: str, format: str, model: Any) -> None:
     executor = model.generation_executor("cuda")
-    persistent = persistent_chain(executor.chain)
-    for context in (40,) if session.toy else (256, 1024):
-        session.need(15)
-        _context(session, name, format, context, model, executor, persistent)
+    # the same weights before they were rounded: there is no quantised chain of torch's
+    plain = model if format in DTYPES else make_model(name, "float16", session.device)
+    for context in _contexts(session):
+        session.need(8)
+        _context(session, name, format, context, plain, executor)
 
 
-def _context(
-    session: Session, name: str, format: str, context: int, model: Any, executor: Any, persistent: Any | None
-) -> None:
+def _persistent(session: Session, name: str, format: str, model: Any) -> None:
+    chain = model.generation_executor("cuda").chain
+    for context in _contexts(session):
+        title = f"persistent decode {title_of(name, chain.plan)} context {context}"
+        time_beside_chain(session, title, name, chain, context)
+
+
+def _context(session: Session, name: str, format: str, context: int, plain: Any, executor: Any) -> None:
     """The launches of a step, without the host: graphs, with their peers, and the same launched one by one."""
     chain, device = executor.chain, session.device
     cache = random_cache(chain.plan, 1, context, chain.plan.dtype)
     batch = decode_batch(chain.plan, 1, context, device)
-    calls: dict[str, Callable[[int], Any]] = {"gpt2rt": ReplayedStep(chain, batch, cache, decode=True, greedy=True)}
-    if persistent is not None:
-        calls[PERSISTENT] = ReplayedStep(persistent, batch, cache, decode=True, greedy=True)
-    if chain.pdl and context == 256:
+    ours = chain_label(chain)
+    calls: dict[str, Callable[[int], Any]] = {ours: ReplayedStep(chain, batch, cache, decode=True, greedy=True)}
+    if chain.pdl and context == 256 and format == "float16" and ours != PERSISTENT:
         calls["gpt2rt, no PDL"] = ReplayedStep(altered(chain, pdl=False), batch, cache, decode=True, greedy=True)
-    if format in DTYPES:
-        calls["torch in a graph"] = TorchStep(model, 1, 1, context)
-    elif format == "int4" and cuda_extension_status().loaded:
+    torchs = "torch in a graph" if format in DTYPES else "torch in a graph, float16"
+    calls[torchs] = TorchStep(plain, 1, 1, context)
+    if format == "int4" and cuda_extension_status().loaded:
         # chosen while the launches are recorded
-        calls["gpt2rt, CUDA C++ rows"] = variant("linear_rows_cuda", "_enabled", True, calls["gpt2rt"])
+        calls["gpt2rt, CUDA C++ rows"] = variant("linear_rows_cuda", "_enabled", True, calls[ours])
     timer = session.timer(15, target_us=2000.0, max_calls=16)
     times, failed = timer.compare(calls)
-    if device.type == "cuda" and "gpt2rt" in times:
-        times["gpt2rt, no graph"] = _launched(session, calls["gpt2rt"])
+    if device.type == "cuda" and session.timed and ours in times:
+        times[f"{ours}, no graph"] = _launched(session, calls[ours])
     bytes_moved = step_bytes(chain, 1, context, cache)
     session.times(
-        f"decode {name} {format} context {context}",
+        f"decode {title_of(name, chain.plan)} context {context}",
         times,
         failed,
         floor_us=session.floor_us(bytes_moved),
         model=name,
         format=format,
+        **weights_of(chain.plan),
         batch=1,
         context=context,
         bytes=bytes_moved,
@@ -93,8 +121,11 @@ def _launched(session: Session, step: Callable[[int], Any]) -> Times:
 def _generate(session: Session, name: str, format: str, model: Any) -> None:
     """``generate`` as a user calls it, host and all."""
     device, cuda = session.device, session.device.type == "cuda"
-    new_tokens, prompt, rounds = (3, 8, 0) if session.toy else (NEW_TOKENS, 224, 3)
+    new_tokens, prompt, rounds = (3, 8, 0) if session.toy else (NEW_TOKENS, 224, 3 if session.timed else 0)
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), device=device)
+    plan = model.generation_executor("cuda").plan
+    weights, title = weights_of(plan), f"generate {title_of(name, plan)}"
+    ours = chain_label(model.generation_executor("cuda").chain)
     times: dict[str, Times] = {}
     first: dict[str, Times] = {}
     failed: dict[str, str] = {}
@@ -103,6 +134,12 @@ def _generate(session: Session, name: str, format: str, model: Any) -> None:
         if cuda:
             torch.cuda.synchronize(device)
 
+    def rows() -> None:
+        facts = {"model": name, "format": format, **weights, "batch": 1, "prompt": prompt, "new_tokens": new_tokens}
+        # what is known is on disk before a peer is compiled, which may take the rest of the time
+        session.times(title, times, failed, replace=True, **facts)
+        session.times(f"{title}, first token", first, failed, replace=True, **facts)
+
     def one(label: str, peer: Any, **options: Any) -> None:
         try:
             ttft, each = generate_us(peer, ids, new_tokens, rounds, wait, **options)
@@ -110,16 +147,20 @@ def _generate(session: Session, name: str, format: str, model: Any) -> None:
             failed[label] = describe(error)
         else:
             times[label], first[label] = as_times(each), as_times(ttft)
+        rows()
 
-    one("gpt2rt", model)
-    if format == "float16":
-        for label, (attention, options) in TRANSFORMERS_MODES.items():
-            # compiling for a CPU takes longer than a dry run may
-            if options and not cuda:
-                continue
-            session.need(30)
-            one(label, transformers_model(name, DTYPES[format], device, attention), **options)
-            drop()
-    facts = {"model": name, "format": format, "batch": 1, "prompt": prompt, "new_tokens": new_tokens}
-    session.times(f"generate {name} {format}", times, failed, **facts)
-    session.times(f"generate {name} {format}, first token", first, failed, **facts)
+    one(ours, model)
+    if format != "float16":
+        return
+    del model
+    drop()
+    for label, (attention, options) in TRANSFORMERS_MODES.items():
+        # compiling for a CPU takes longer than a dry run may
+        if label == COMPILED and not cuda:
+            continue
+        session.need(20)
+        one(label, transformers_model(name, DTYPES[format], device, attention), **options)
+        if label == COMPILED:
+            # its compiled code and graphs would stay as long as the process
+            torch.compiler.reset()
+        drop()

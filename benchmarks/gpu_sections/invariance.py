@@ -7,28 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2rt.cache import PagedKVCache, Sequence
+from gpt2rt.graph.device_loop import DeviceLoop, SamplingRows
 from gpt2rt.lab.problem import Place
 from gpt2rt.lab.weights import make_weight
 
-from .models import ReplayedStep, altered, decode_batch, drop, make_model, prefill_batch, random_cache
+from .models import ReplayedStep, altered, decode_batch, drop, make_model, prefill_batch, random_cache, title_of
 from .session import Session
 
 
 def run(session: Session) -> None:
     with torch.no_grad():
+        name = "toy" if session.toy else "124M"
+        # what is promised first, of whole models, then its parts
+        for format in ("float16",) if session.toy else ("float16", "int4"):
+            for part in (_model, _replays, _cost):
+                word = part.__name__.strip("_")
+                if session.over(f"{word} {name} {format}"):
+                    continue
+                session.need(20)
+                with session.attempt(f"{word} {name} {format}"):
+                    executor = make_model(name, format, session.device, scale=3.0).generation_executor("cuda")
+                    part(session, title_of(name, executor.plan), executor)
+                drop()
         for format in ("dense", "int4") if session.toy else ("dense", "int8", "int4", "nf4"):
+            if session.over(f"product {format}"):
+                continue
+            session.need(10)
             with session.attempt(f"product {format}"):
                 _products(session, format)
-        name = "toy" if session.toy else "124M"
-        for format in ("float16",) if session.toy else ("float16", "int4"):
-            session.need(40)
-            with session.attempt(f"model {name} {format}"):
-                model = make_model(name, format, session.device, scale=3.0)
-                executor = model.generation_executor("cuda")
-                _model(session, f"{name} {format}", executor)
-                _replays(session, f"{name} {format}", executor)
-                _cost(session, f"{name} {format}", executor)
-            drop()
 
 
 def _products(session: Session, format: str) -> None:
@@ -139,33 +146,69 @@ def _repeated(batch: Any, count: int) -> Any:
 
 
 def _replays(session: Session, name: str, executor: Any) -> None:
-    """The same step again and again, other work in between, must give the same bits."""
-    plan, device = executor.plan, session.device
-    context, count = (40, 2) if session.toy else (300, 1000)
+    """The graphs that ``generate`` replays, from the same start again and again, greedy and drawing."""
+    # the context passes from one block to the next on the way, and from one number of splits
+    context, steps, starts = (40, 1, 2) if session.toy else (246, 20, 50)
     for batch in (1,) if session.toy else (1, 8, 64):
-        cache = random_cache(plan, batch, context, plan.dtype)
-        step = ReplayedStep(executor.chain, decode_batch(plan, batch, context, device), cache, decode=True)
-        first = step().clone()
-        replay: Any = step
-        if device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize(device)
-            with torch.cuda.graph(graph):
-                step()
-            replay = graph.replay
-        wrong = torch.zeros((), dtype=torch.int64, device=device)
-        for _ in range(count):
-            step.buffers.logits.fill_(torch.nan)
-            replay()
-            wrong += (step.buffers.logits != first).any()
-        session.check(f"{name} batch {batch}: {count} replays", int(wrong) == 0, differing=int(wrong), pdl=executor.pdl)
+        ones = [1.0] * batch
+        numbers = list(range(batch)), [0] * batch, [1] * batch, [context + 1] * batch
+        drawn = SamplingRows(*numbers, temperature=[0.8] * batch, top_k=[50] * batch, top_p=ones)
+        for way, sampling in (("greedy", None), ("drawn", drawn)):
+            session.need(5)
+            cache = random_cache(executor.plan, batch, context, executor.plan.dtype, room=steps)
+            sequences = [Sequence(cache) for _ in range(batch)]
+            for sequence in sequences:
+                sequence.append(context)
+            found = [_from_start(executor, cache, sequences, context, steps, sampling) for _ in range(starts)]
+            (tokens, states), rest = found[0], found[1:]
+            session.check(
+                f"{name} batch {batch}, {way}: {starts * steps} replays of the decode loop",
+                all(other == tokens for other, _ in rest)
+                and all(torch.equal(other, states) for _, other in rest)
+                # -1 stands for logits that are not finite
+                and min(map(min, tokens)) >= 0,
+                starts=starts,
+                steps=steps,
+                different_tokens=sum(other != tokens for other, _ in rest),
+                different_states=sum(not torch.equal(other, states) for _, other in rest),
+                graphs=len(executor.graphs),
+                no_graphs=executor.graphs.disabled,
+                pdl=executor.pdl,
+            )
+
+
+def _from_start(
+    executor: Any,
+    cache: PagedKVCache,
+    sequences: list[Sequence],
+    context: int,
+    steps: int,
+    sampling: SamplingRows | None,
+) -> tuple[list[list[int]], Tensor]:
+    """The tokens of a few steps of a loop that starts anew, and the bits of the keys and values that they left."""
+    loop = DeviceLoop(executor, cache, len(sequences))
+    loop.start([7] * len(sequences), sequences, [context + steps] * len(sequences), sampling)
+    tokens = []
+    while len(tokens) < steps:
+        while loop.can_launch():
+            loop.launch()
+        tokens.append(loop.read())
+    first = context // cache.block_size
+    table = torch.tensor([sequence.blocks[first:] for sequence in sequences], device=executor.plan.device)
+    length = context + steps - first * cache.block_size
+    states = cache.read(table, length, executor.plan.dtype)[..., context % cache.block_size :, :].clone()
+    loop.close()
+    for sequence in sequences:
+        sequence.truncate(context)
+    return tokens, states
 
 
 def _cost(session: Session, name: str, executor: Any) -> None:
     """Batch invariance beside the default."""
     plan, device = executor.plan, session.device
     context = 40 if session.toy else 256
-    chains = {"gpt2rt": executor.chain, "gpt2rt, batch invariant": altered(executor.chain, batch_invariant=True)}
+    chain = altered(executor.chain, persistent=None)
+    chains = {"gpt2rt": chain, "gpt2rt, batch invariant": altered(chain, batch_invariant=True)}
     for batch in (1,) if session.toy else (1, 8, 64):
         session.need(8)
         cache = random_cache(plan, batch, context, plan.dtype)

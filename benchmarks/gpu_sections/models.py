@@ -22,8 +22,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "1.5B": SHAPES["1.5B"],
     "toy": dict(n_layer=1, n_embd=32, n_head=2, vocab_size=61, n_positions=96),
 }
-#: format -> what quantize_model is asked for
-FORMATS = {"float16": None, "bfloat16": None, "float32": None, "int8": "int8", "int4": "int4", "nf4": "nf4"}
+#: format -> what quantize_model is asked for: (scheme of the layers, format of the embedding and the head tied to it)
+FORMATS: dict[str, tuple[str, str] | None] = {
+    "float16": None,
+    "bfloat16": None,
+    "float32": None,
+    "int8": ("int8", "int8"),
+    "int4": ("int4", "int8"),
+    "nf4": ("nf4", "int8"),
+}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -49,11 +56,31 @@ def make_model(
                 if parameter.dim() == 2:
                     parameter.mul_(scale)
     model = model.eval().to(device=device, dtype=DTYPES.get(format, torch.float16))
-    if FORMATS[format] is not None:
-        from gpt2rt import quantize_model
+    asked = FORMATS[format]
+    if asked is not None:
+        from gpt2rt import QuantizationConfig, quantize_model
 
-        quantize_model(model, FORMATS[format], progress=False)
+        quantize_model(model, QuantizationConfig(asked[0], embeddings=asked[1]), progress=False)
     return model
+
+
+def weights_of(plan: Any) -> dict[str, str]:
+    """What a plan multiplies by, for the record: the formats of its layers and of its head, as they are."""
+    formats = []
+    for node in plan.nodes:
+        linear = getattr(node, "linear", None)
+        if linear is not None:
+            weight = linear.weight
+            formats.append(getattr(weight, "scheme", None) or str(weight.dtype).removeprefix("torch."))
+    *layers, head = formats
+    return {"layers": ", ".join(dict.fromkeys(layers)), "head": head}
+
+
+def title_of(name: str, plan: Any) -> str:
+    """What a model is called in rows: its size and format, and that of its head if it is another."""
+    weights = weights_of(plan)
+    other = "" if weights["head"] == weights["layers"] else f", head {weights['head']}"
+    return f"{name} {weights['layers']}{other}"
 
 
 def plan_of(model: Any) -> Any:

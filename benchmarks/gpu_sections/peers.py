@@ -12,12 +12,23 @@ from torch import Tensor
 
 from .models import MODELS
 
+COMPILED = "transformers static + compile"
 #: name -> settings of a transformers model and of its generate
 TRANSFORMERS_MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "transformers eager": ("eager", {}),
     "transformers sdpa": ("sdpa", {}),
-    "transformers static + compile": ("sdpa", {"cache_implementation": "static"}),
+    COMPILED: ("sdpa", {"cache_implementation": "static"}),
 }
+#: what stands beside quantised rows instead of quantised peers
+NO_QUANTISED_PEERS = (
+    "transformers quantises with bitsandbytes, torchao, gptqmodel and other packages that are not part of it, and this "
+    "run installs none: its times and those of torch's chain beside quantised rows are of float16 models, and say so"
+)
+
+
+def note_quantised_peers(session: Any) -> None:
+    """A row that says why quantised rows have peers in float16."""
+    session.note("quantised peers of whole models", NO_QUANTISED_PEERS)
 
 
 class TorchStep:
@@ -88,18 +99,18 @@ def generate_us(
     Args:
         model: of gpt2rt or transformers.
         ids: [1, prompt] int64.
-        new_tokens: at least 2.
+        new_tokens: 1 measures the first token alone.
         rounds: that are measured, after one that compiles and warms up; 0 measures the first call of all.
         wait: until the device is done.
         options: of ``generate``.
 
     Returns:
-        (to the first token, a token after the first) for each round.
+        (to the first token, a token after the first) for each round; the second is empty with one new token.
     """
     first, each = [], []
     for number in range(rounds + 1):
         spans = []
-        for count in (1, new_tokens):
+        for count in dict.fromkeys((1, new_tokens)):
             wait()
             start = time.perf_counter()
             with torch.no_grad():
@@ -108,5 +119,5 @@ def generate_us(
             spans.append((time.perf_counter() - start) * 1e6)
         if number or not rounds:
             first.append(spans[0])
-            each.append((spans[1] - spans[0]) / (new_tokens - 1))
+            each += [(span - spans[0]) / (new_tokens - 1) for span in spans[1:]]
     return first, each

@@ -13,7 +13,7 @@ import torch
 from gpt2rt.graph.persistent import PersistentStep, unsupported
 from gpt2rt.ops.cuda_extension import cuda_extension_status
 
-from .models import DTYPES, ReplayedStep, altered, decode_batch, drop, make_model, random_cache, step_bytes
+from .models import ReplayedStep, altered, decode_batch, drop, make_model, random_cache, step_bytes
 from .session import Session
 
 #: what it is called among times
@@ -35,6 +35,11 @@ def persistent_chain(chain: Any) -> Any | None:
     from gpt2rt.graph.chain import KERNEL_ACTIVATIONS
 
     return altered(chain, persistent=PersistentStep(chain.plan, KERNEL_ACTIVATIONS))
+
+
+def chain_label(chain: Any) -> str:
+    """What a chain's steps of one sequence are called: ``GPT2RT_CUDA_PERSISTENT=1`` gives them to another kernel."""
+    return "gpt2rt" if chain.persistent is None else LABEL
 
 
 def persistent_executor(executor: Any) -> Any | None:
@@ -82,34 +87,53 @@ def time_grids(session: Session) -> None:
     """Whole steps against the chain on grids of several sizes, and what a phase costs that has next to no bytes."""
     names = ["toy"] if session.toy else ["124M", "355M", "774M", "1.5B"]
     for name in names:
-        session.need(20)
-        with session.attempt(f"persistent decode {name}"):
+        part = f"persistent grids {name}"
+        if session.over(part):
+            continue
+        session.need(10)
+        with session.attempt(part):
             chain = make_model(name, "float16", session.device).generation_executor("cuda").chain
-            _time(session, f"persistent decode {name}", name, chain, 40 if session.toy else 256)
+            time_beside_chain(session, part, name, chain, 40 if session.toy else 256, (2, 4))
         drop()
+    part = "persistent decode, barriers"
+    if session.over(part):
+        return
     session.need(10)
-    with session.attempt("persistent decode, barriers"):
+    with session.attempt(part):
         # 61 phases whose weights a single block would read in a moment
         sizes = dict(n_layer=12, n_embd=64, n_head=1, vocab_size=64, n_positions=64)
         model = make_model(
             "toy" if session.toy else "barriers", "float16", session.device, sizes=None if session.toy else sizes
         )
-        _time(session, "persistent decode, barriers", "barriers", model.generation_executor("cuda").chain, 16)
+        time_beside_chain(session, part, "barriers", model.generation_executor("cuda").chain, 16, (2, 4))
 
 
-def _time(session: Session, title: str, name: str, chain: Any, context: int) -> None:
-    reason = why_not(chain.plan)
+def time_beside_chain(
+    session: Session, title: str, name: str, chain: Any, context: int, shares: tuple[int, ...] = ()
+) -> None:
+    """A step of one sequence by the persistent kernel beside the chain; a note where there is none.
+
+    Args:
+        session: of the row.
+        title: its name.
+        name: of the model.
+        chain: of an executor.
+        context: tokens after the step.
+        shares: the same on grids of this part of the blocks, in the row too.
+    """
+    reason = why_not(chain.plan) or ("the kernel has nothing to compile" if session.compiles else "")
     if reason:
         session.note(title, f"not run: {reason}")
         return
-    cache = random_cache(chain.plan, 1, context, DTYPES["float16"])
+    cache = random_cache(chain.plan, 1, context, chain.plan.dtype)
     batch = decode_batch(chain.plan, 1, context, session.device)
     one = persistent_chain(chain)
     assert one is not None
     blocks = one.persistent.blocks
-    calls = {"gpt2rt": ReplayedStep(chain, batch, cache, decode=True, greedy=True)}
+    # the chain of Triton kernels, also where the variable has given its steps to this kernel
+    calls = {"gpt2rt": ReplayedStep(altered(chain, persistent=None), batch, cache, decode=True, greedy=True)}
     calls[LABEL] = ReplayedStep(one, batch, cache, decode=True, greedy=True)
-    for share in (2, 4):
+    for share in shares:
         count = max(1, blocks // share)
         calls[f"{LABEL}, {count} blocks"] = ReplayedStep(
             with_blocks(one, count), batch, cache, decode=True, greedy=True
@@ -123,7 +147,7 @@ def _time(session: Session, title: str, name: str, chain: Any, context: int) -> 
         floor_us=session.floor_us(num_bytes),
         op="persistent_decode",
         size={"model": name, "context": context},
-        dtype="float16",
+        dtype=str(chain.plan.dtype).removeprefix("torch."),
         blocks=blocks,
         phases=5 * chain.plan.n_layer + 1,
         bytes=num_bytes,

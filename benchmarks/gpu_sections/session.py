@@ -17,6 +17,19 @@ from common import write_json
 from gpt2rt.lab.timing import Timer, Times, describe, measure_limits
 
 
+def write_whole(out: pathlib.Path, result: dict[str, Any]) -> None:
+    """Replace a file of results; never by half of them."""
+    unfinished = out.with_name(out.name + ".part")
+    write_json(unfinished, result)
+    os.replace(unfinished, out)
+
+
+def failures(result: Mapping[str, Any]) -> list[str]:
+    """Rows of a result that say no, as "section: name"."""
+    sections = result["sections"].items()
+    return [f"{name}: {row['name']}" for name, section in sections for row in section["rows"] if row.get("ok") is False]
+
+
 def is_ours(name: str) -> bool:
     """Whether a time is gpt2rt's; the others are peers."""
     return name.partition(",")[0].split(" ")[0] == "gpt2rt"
@@ -30,6 +43,10 @@ class DeviceLostError(Exception):
     """The process's context on the device is broken, as an illegal address leaves it; only a new process can go on."""
 
 
+#: how long a part may be silent before its process is taken for hung, unless it says otherwise
+PATIENCE_S = 120.0
+
+
 class Session:
     """Rows of results, written to ``out`` one by one.
 
@@ -39,10 +56,14 @@ class Session:
         minutes: the budget of the run.
         dry: a CPU in Triton's interpreter, toy sizes: results are checked, times are not kept.
         smallest: toy sizes on a device.
+        compiles: every timed call runs once and no time is kept, so that a later process finds its kernels compiled.
+        lane: (number, lanes): of all parts only every one whose turn it is, for processes that share the work.
         arguments: of the command line, for the record.
+        earlier: what a process that is gone has left of this run; parts that it has begun are not begun again.
 
     Attributes:
         dtype: of weights and activations unless a section says otherwise.
+        timed: times are kept.
         result: what is written.
         ok: no check failed, nothing raised.
     """
@@ -55,16 +76,21 @@ class Session:
         minutes: float = 60.0,
         dry: bool = False,
         smallest: bool = False,
+        compiles: bool = False,
+        lane: tuple[int, int] = (0, 1),
         arguments: Mapping[str, Any] | None = None,
+        earlier: dict[str, Any] | None = None,
     ) -> None:
-        self.device, self.out, self.dry = device, out, dry
+        self.device, self.out, self.dry, self.compiles = device, out, dry, compiles
         self.toy = dry or smallest
+        self.timed = not (dry or compiles)
         self.dtype = torch.float16
+        self._lane, self._turn = lane, 0
         self._started = time.monotonic()
-        self._deadline = self._started + 60.0 * minutes
-        self._rows: list[dict[str, Any]] = []
+        self._end = self._deadline = self._started + 60.0 * minutes
+        self._entry: dict[str, Any] = {"parts": [], "rows": []}
         self._limits: dict[str, float] | None = None
-        self.result: dict[str, Any] = {
+        self.result: dict[str, Any] = earlier or {
             "machine": {**describe_machine(), **describe_device(device)},
             "arguments": dict(arguments or {}),
             "dry": dry,
@@ -79,49 +105,73 @@ class Session:
 
     def failures(self) -> list[str]:
         """Rows that say no, as "section: name"."""
-        sections = self.result["sections"].items()
-        return [
-            f"{name}: {row['name']}" for name, section in sections for row in section["rows"] if row.get("ok") is False
-        ]
+        return failures(self.result)
 
     def seconds(self) -> float:
         """Since the start."""
         return time.monotonic() - self._started
 
-    def minutes_left(self) -> float:
-        """Of the budget."""
-        return max(0.0, self._deadline - time.monotonic()) / 60.0
+    def seconds_left(self) -> float:
+        """Of the section's share of the budget."""
+        return max(0.0, self._deadline - time.monotonic())
 
     def need(self, seconds: float) -> None:
         """Raise :class:`OutOfTime` unless so much is left."""
-        if not self.dry and time.monotonic() + seconds > self._deadline:
+        if not self.dry and seconds > self.seconds_left():
             raise OutOfTime
 
     @contextlib.contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        """Rows made inside belong to this section; an exception ends the section, not the run."""
-        entry: dict[str, Any] = {"state": "running", "seconds": 0.0, "error": None, "rows": []}
-        self.result["sections"][name] = entry
-        self._rows = entry["rows"]
-        start = time.monotonic()
+    def section(self, name: str, share: float = 1.0) -> Iterator[None]:
+        """Rows made inside belong to this section; an exception ends the section, not the run.
+
+        Args:
+            name: of :data:`gpu_sections.SECTIONS`.
+            share: of the time that is left, for this section.
+
+        Raises:
+            DeviceLostError: the section is not over: another process may go on with its other parts.
+        """
+        new: dict[str, Any] = {"state": "running", "seconds": 0.0, "error": None, "parts": [], "rows": []}
+        entry = self._entry = self.result["sections"].setdefault(name, new)
+        self._turn = 0
+        start, before = time.monotonic(), entry["seconds"]
+        self._deadline = start + share * (self._end - start)
         try:
             yield
             entry["state"] = "done"
         except OutOfTime:
             entry["state"] = "stopped"
             entry["error"] = "the time of --minutes was spent"
+        except DeviceLostError as error:
+            print(f"section {name}: {error}", file=sys.stderr, flush=True)
+            raise
         except Exception as error:
             entry["state"], entry["error"] = "failed", describe(error)
             print(f"section {name} failed: {entry['error']}", file=sys.stderr, flush=True)
-            if isinstance(error, DeviceLostError):
-                raise
         finally:
-            entry["seconds"] = round(time.monotonic() - start, 1)
+            entry["seconds"] = round(before + time.monotonic() - start, 1)
             self.write()
 
+    def over(self, name: str) -> bool:
+        """Whether a part is not for this process: begun by one that is gone, or in another lane. Ask once for each."""
+        number, lanes = self._lane
+        turn, self._turn = self._turn, self._turn + 1
+        return turn % lanes != number or name in self._entry["parts"]
+
     @contextlib.contextmanager
-    def attempt(self, name: str) -> Iterator[None]:
-        """One part of a section: an exception becomes a failed row, and the section goes on."""
+    def attempt(self, name: str, patience: float = PATIENCE_S) -> Iterator[None]:
+        """One part of a section: an exception becomes a failed row, and the section goes on.
+
+        Args:
+            name: of the part.
+            patience: seconds without a row after which whoever watches this process takes it for hung.
+
+        Raises:
+            DeviceLostError: the process's context on the device is broken.
+        """
+        self._entry["parts"].append(name)
+        self.result["patience_s"] = patience
+        self.write()
         try:
             yield
         except OutOfTime:
@@ -133,6 +183,8 @@ class Session:
                 torch.cuda.synchronize(self.device)
                 torch.cuda.empty_cache()
             except RuntimeError as error:
+                why = f"the device was lost: {describe(error)}"
+                self._add({"kind": "failed", "name": f"{name}: device", "ok": False, "error": why})
                 raise DeviceLostError(f"after {name}: {describe(error)}") from error
 
     # ---- rows ------------------------------------------------------------------------------------------------------
@@ -143,10 +195,12 @@ class Session:
 
     def value(self, name: str, value: float | None, unit: str, **facts: Any) -> None:
         """One measured number; a dry run keeps none."""
-        self._add({"kind": "value", "name": name, "value": None if self.dry else value, "unit": unit, **facts})
+        self._add({"kind": "value", "name": name, "value": value if self.timed else None, "unit": unit, **facts})
 
     def note(self, name: str, text: str) -> None:
-        """Something that was not measured, and why."""
+        """Something that was not measured, and why; said once."""
+        if any(row["name"] == name for row in self._entry["rows"]):
+            return
         self._add({"kind": "note", "name": name, "text": text})
 
     def record(self, kind: str, name: str, text: str, **facts: Any) -> None:
@@ -160,6 +214,7 @@ class Session:
         failed: Mapping[str, str] | None = None,
         *,
         floor_us: float | None = None,
+        replace: bool = False,
         **facts: Any,
     ) -> None:
         """Times of gpt2rt and its peers for the same work.
@@ -169,6 +224,7 @@ class Session:
             times: by form; those of gpt2rt are called "gpt2rt" or "gpt2rt, ...".
             failed: forms that could not run, and why. One of gpt2rt's makes the row say no.
             floor_us: what the bytes or operations take at the measured limits.
+            replace: an earlier row of this name, which knew less.
             facts: what the row is about.
         """
         failed = dict(failed or {})
@@ -181,38 +237,38 @@ class Session:
             if is_ours(form):
                 entry["speed_over_fastest_peer"] = peers[fastest] / t.median if fastest else None
             entry["share_of_floor"] = None if floor_us is None else floor_us / t.median
-            row["us"][form] = None if self.dry else entry
-        row["fastest_peer"] = None if self.dry else fastest
-        row["floor_us"] = None if self.dry else floor_us
+            row["us"][form] = entry if self.timed else None
+        row["fastest_peer"] = fastest if self.timed else None
+        row["floor_us"] = floor_us if self.timed else None
         row["ok"] = not any(is_ours(form) for form in failed)
+        if replace:
+            self._entry["rows"][:] = [other for other in self._entry["rows"] if other["name"] != name]
         self._add(row)
 
     def _add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
+        self._entry["rows"].append(row)
         print(f"{self.seconds():5.0f}s  {_line(row)}", flush=True)
         self.write()
 
     def write(self) -> None:
         """Put the rows so far on disk; never half of them."""
         if self.out is not None:
-            unfinished = self.out.with_name(self.out.name + ".part")
-            write_json(unfinished, self.result)
-            os.replace(unfinished, self.out)
+            write_whole(self.out, self.result)
 
     # ---- the machine -----------------------------------------------------------------------------------------------
 
     def timer(self, rounds: int = 15, **options: Any) -> Timer:
-        """A timer of this device; a dry run measures once."""
-        return Timer(self.device, rounds=1, warm=False) if self.dry else Timer(self.device, rounds=rounds, **options)
+        """A timer of this device; where times are not kept it calls once."""
+        return Timer(self.device, rounds=rounds, **options) if self.timed else Timer(self.device, rounds=1, warm=False)
 
     @property
     def limits(self) -> dict[str, float]:
         """``bytes_per_s`` and ``operations_per_s`` of this device, measured once in each run."""
         if self._limits is None:
-            # a dry run has no limits worth the time: any number serves
-            dry = {"bytes_per_s": 1e9, "operations_per_s": 1e9}
-            self._limits = dry if self.dry else measure_limits(self.device, self.dtype)
-            self.result["limits"] = None if self.dry else self._limits
+            # without times no limits are worth the time: any number serves
+            any_limits = {"bytes_per_s": 1e9, "operations_per_s": 1e9}
+            self._limits = measure_limits(self.device, self.dtype) if self.timed else any_limits
+            self.result["limits"] = self._limits if self.timed else None
         return self._limits
 
     def floor_us(self, num_bytes: float, operations: float = 0.0) -> float:

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from . import serving
-from .models import ReplayedStep, decode_batch, drop, make_model, random_cache, step_bytes
+from .models import (
+    ReplayedStep,
+    decode_batch,
+    drop,
+    make_model,
+    random_cache,
+    step_bytes,
+    title_of,
+    weights_of,
+)
 from .peers import TorchStep
 from .session import Session
 
@@ -28,8 +37,11 @@ def run(session: Session) -> None:
     loaded: tuple[str, str] | None = None
     model: Any = None
     for name, format, batch, context in cases:
-        session.need(15)
-        with session.attempt(f"decode {name} {format} batch {batch} context {context}"):
+        title = f"decode {name} {format} batch {batch} context {context}"
+        if session.over(title):
+            continue
+        session.need(8)
+        with session.attempt(title):
             if loaded != (name, format):
                 model = None
                 drop()
@@ -59,11 +71,11 @@ def _one(session: Session, name: str, format: str, batch: int, context: int, mod
     if format == "float16":
         calls["torch in a graph"] = TorchStep(model, batch, 1, context)
     times, failed = session.timer(11, target_us=3000.0, max_calls=8).compare(calls)
-    facts = {"model": name, "format": format, "batch": batch, "context": context}
-    session.times(f"decode {name} {format} batch {batch} context {context}", times, failed, floor_us=floor, **facts)
+    title = f"{title_of(name, chain.plan)} batch {batch} context {context}"
+    facts = {"model": name, "format": format, **weights_of(chain.plan), "batch": batch, "context": context}
+    session.times(f"decode {title}", times, failed, floor_us=floor, **facts)
     if "gpt2rt" in times:
-        tokens = batch / times["gpt2rt"].median * 1e6
-        session.value(f"tokens {name} {format} batch {batch} context {context}", tokens, "tokens/s", **facts)
+        session.value(f"tokens {title}", batch / times["gpt2rt"].median * 1e6, "tokens/s", **facts)
 
 
 def _operations(plan: Any, batch: int, context: int) -> float:

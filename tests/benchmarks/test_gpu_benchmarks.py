@@ -1,17 +1,19 @@
 """The benchmark of GPUs, as far as it needs none: sections, budget, records, the sanitizer's call, the report."""
 
+import contextlib
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import time
 
 import gpu
 import pytest
-import report
 import torch
-from gpu_sections import SECTIONS, chosen, sanitizer
+from gpu_sections import PARTS, SECTIONS, WEIGHTS, chosen, sanitizer, supervisor
 from gpu_sections.kernels import label
-from gpu_sections.session import Session, is_ours
+from gpu_sections.session import OutOfTime, Session, is_ours
 
 from gpt2rt.lab.timing import Times
 
@@ -62,44 +64,42 @@ def test_a_failing_section_leaves_the_others(tmp_path, capsys):
     assert {"commit", "packages", "device", "date"} <= written["machine"].keys()
 
 
-def test_a_lost_device_ends_its_section_and_the_others_run_in_a_new_process(tmp_path, capsys, monkeypatch):
-    def lost(device):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_a_lost_device_ends_its_process_and_the_section_goes_on_in_another(tmp_path, capsys, monkeypatch):
+    """The rest of its section was lost with it once, whole models behind a toy kernel."""
 
-    def broken(session):
-        session.check("fine", True)
-        with session.attempt("bad kernel"):
-            raise RuntimeError("launch failed")
-        raise AssertionError("not reached")
+    def synchronize(device):
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    def anew(command, **options):
-        if command[0] == "git":
-            return plain(command, **options)
-        asked.append(command)
-        part = pathlib.Path(command[command.index("--out") + 1])
-        part.write_text(
-            json.dumps({"sections": {"decode": {"state": "done", "seconds": 1.0, "error": None, "rows": []}}})
-        )
+    def section(session):
+        for part in ("good kernel", "bad kernel", "model"):
+            if session.over(part):
+                continue
+            with session.attempt(part):
+                if part == "bad kernel":
+                    broken.append(part)
+                    raise RuntimeError("launch failed")
+                session.check(part, True)
 
-    asked, plain = [], gpu.subprocess.run
+    broken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr("gpu_sections.session.describe_device", lambda device: {"device": "Some GPU"})
-    monkeypatch.setattr("gpu_sections.runner", lambda name: broken)
-    monkeypatch.setattr(gpu.subprocess, "run", anew)
+    monkeypatch.setattr("gpu_sections.runner", lambda name: section)
     out = tmp_path / "out.json"
-    assert gpu.main(["--sections", "a,c,h", "--smallest", "--minutes", "7", "--out", str(out)]) == 1
-    (command,) = asked
-    assert command[command.index("--sections") + 1] == "decode,sanitizer"
-    assert "--smallest" in command
-    assert 6 < float(command[command.index("--minutes") + 1]) <= 7
-    sections = json.loads(out.read_text())["sections"]
-    assert sections["correctness"]["error"].startswith("DeviceLostError: after bad kernel: RuntimeError: CUDA error")
-    assert [row["name"] for row in sections["correctness"]["rows"]] == ["fine", "bad kernel"]
-    assert sections["decode"]["state"] == "done"
-    assert sections["sanitizer"]["error"] == "its process left no results"
-    assert "FAILED correctness: bad kernel" in capsys.readouterr().out
+    command = ["--worker", str(os.getpid()), "--sections", "a", "--smallest", "--minutes", "7", "--out", str(out)]
+    assert gpu.main(command) == supervisor.LOST
+    found = json.loads(out.read_text())["sections"]["correctness"]
+    assert found["state"] == "running"
+    assert [row["name"] for row in found["rows"]] == ["good kernel", "bad kernel", "bad kernel: device"]
+    assert "illegal memory access" in found["rows"][-1]["error"]
+    broken.clear()
+    # a row failed, so the status says no
+    assert gpu.main(command) == 1
+    found = json.loads(out.read_text())["sections"]["correctness"]
+    assert found["state"] == "done"
+    assert [row["name"] for row in found["rows"]] == ["good kernel", "bad kernel", "bad kernel: device", "model"]
 
 
 def test_the_file_holds_every_row_as_soon_as_it_is_known(tmp_path):
@@ -109,6 +109,31 @@ def test_the_file_holds_every_row_as_soon_as_it_is_known(tmp_path):
         session.check("one", True)
         held = json.loads(out.read_text(encoding="utf-8"))["sections"]["a"]
         assert (held["state"], [row["name"] for row in held["rows"]]) == ("running", ["one"])
+
+
+def test_three_commands_run_every_section_once():
+    sections = [name for part in PARTS.values() for name in chosen(part)]
+    assert sorted(sections) == sorted(chosen(""))
+    assert sorted(WEIGHTS) == sorted(sections)
+    assert len(PARTS) == 3
+    assert gpu.PART_MINUTES < 10
+    assert all(f"--part {part}" in gpu.__doc__ for part in PARTS)
+
+
+def test_all_parts_run_one_after_another_with_files_of_their_own(tmp_path, monkeypatch):
+    asked = []
+
+    def call(command):
+        asked.append(command)
+        return type("Done", (), {"returncode": len(asked) % 2})
+
+    monkeypatch.setattr(gpu.subprocess, "run", call)
+    assert gpu.main(["--dry", "--part", "all", "--out", str(tmp_path / "gpu.json"), "--commit", "abc"]) == 1
+    assert [command[command.index("--part") + 1] for command in asked] == ["1", "2", "3"]
+    files = [pathlib.Path(command[command.index("--out") + 1]).name for command in asked]
+    assert files == ["gpu-1.json", "gpu-2.json", "gpu-3.json"]
+    assert all("--dry" in command and command[command.index("--minutes") + 1] == "9.0" for command in asked)
+    assert all(command[command.index("--commit") + 1] == "abc" for command in asked)
 
 
 def test_the_budget_ends_a_section_not_the_record(tmp_path):
@@ -122,6 +147,42 @@ def test_the_budget_ends_a_section_not_the_record(tmp_path):
     assert session.ok
     dry = Session(CPU, None, minutes=0.0, dry=True)
     dry.need(1e9)
+
+
+def test_a_section_has_its_share_of_the_time_and_what_others_leave():
+    session = Session(CPU, None, minutes=10.0)
+    with session.section("a", 0.25):
+        assert 149 < session.seconds_left() <= 150
+        with pytest.raises(OutOfTime):
+            session.need(200)
+    with session.section("b"):
+        assert 590 < session.seconds_left() <= 600
+
+
+def test_lanes_share_the_parts_of_a_section():
+    names = [f"part {number}" for number in range(7)]
+    done = []
+    for lane in range(3):
+        session = Session(CPU, None, lane=(lane, 3))
+        with session.section("a"):
+            for name in names:
+                if not session.over(name):
+                    with session.attempt(name):
+                        done.append((lane, name))
+    assert sorted(name for _, name in done) == names
+    assert [name for lane, name in done if lane == 1] == ["part 1", "part 4"]
+
+
+def test_a_row_that_grows_replaces_itself():
+    session = Session(CPU, None)
+    with session.section("a"):
+        session.note("tool", "none")
+        session.times("generate", {"gpt2rt": times(10.0)}, replace=True)
+        session.times("generate", {"gpt2rt": times(10.0), "peer": times(20.0)}, replace=True)
+        session.note("tool", "none")
+    rows = session.result["sections"]["a"]["rows"]
+    assert [row["name"] for row in rows] == ["tool", "generate"]
+    assert set(rows[1]["us"]) == {"gpt2rt", "peer"}
 
 
 def test_times_stand_beside_the_fastest_peer_and_the_floor():
@@ -169,6 +230,115 @@ def test_whose_a_form_is():
     assert not is_ours("transformers eager")
 
 
+# ---- processes that may be lost --------------------------------------------------------------------------------------
+
+#: a worker that knows only files: each word is what happens in a part, in the order of the parts
+WORKER = """
+import json, os, pathlib, sys, time
+
+words, arguments = sys.argv[1].split(), sys.argv[2:]
+value = lambda name: arguments[arguments.index(name) + 1]
+out = pathlib.Path(value("--out"))
+result = json.loads(out.read_text()) if out.exists() else {"machine": {"device": None}, "sections": {}}
+lane, lanes = map(int, value("--lane").split("/")) if "--lane" in arguments else (0, 1)
+for name in value("--sections").split(","):
+    new = {"state": "running", "seconds": 1.0, "error": None, "parts": [], "rows": []}
+    section = result["sections"].setdefault(name, new)
+
+    def write():
+        out.with_suffix(".new").write_text(json.dumps(result))
+        os.replace(out.with_suffix(".new"), out)
+
+    for number, word in enumerate(words):
+        part = f"{word} {number}"
+        if part in section["parts"] or number % lanes != lane:
+            continue
+        section["parts"].append(part)
+        result["patience_s"] = 1.0
+        write()
+        if word == "hangs":
+            time.sleep(60)
+        if word == "crashes":
+            os.abort()
+        if word == "loses":
+            sys.exit(3)
+        section["rows"].append({"kind": "check", "name": part, "ok": True, "lane": lane})
+    section["state"] = "done"
+    write()
+"""
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    """Sections of such workers, as the file has them."""
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER, encoding="utf-8")
+
+    def run(words, shares, minutes=1.0, lanes=1):
+        out = tmp_path / "out.json"
+        supervisor.supervise([sys.executable, "-S", str(path), words], shares, out, minutes, lanes)
+        assert [file.name for file in tmp_path.glob("*.json")] == ["out.json"]
+        return json.loads(out.read_text(encoding="utf-8"))["sections"]
+
+    return run
+
+
+def names_of(section):
+    return [row["name"] for row in section["rows"]]
+
+
+def test_a_part_that_hangs_or_breaks_its_process_costs_that_part(supervised, capsys):
+    sections = supervised("fine hangs fine crashes loses fine", {"decode": 1})
+    assert sections["decode"]["state"] == "done"
+    rows = ["fine 0", "hangs 1: process", "fine 2", "crashes 3: process", "fine 5"]
+    # what a worker writes itself, as of a lost device, is not said again
+    assert [name for name in names_of(sections["decode"]) if "fine" in name or ":" in name] == rows
+    errors = [row["error"] for row in sections["decode"]["rows"] if not row["ok"]]
+    assert errors == ["no row for 1 s: it was taken for hung and ended", "its process ended with status -6"]
+    assert "taken for hung" in capsys.readouterr().out
+
+
+def test_a_worker_that_cannot_start_is_not_started_again(tmp_path):
+    out = tmp_path / "out.json"
+    supervisor.supervise([sys.executable, "-S", "-c", "raise SystemExit(1)"], {"decode": 1, "prefill": 1}, out, 1.0, 1)
+    sections = json.loads(out.read_text(encoding="utf-8"))["sections"]
+    assert {name: section["state"] for name, section in sections.items()} == {"decode": "failed", "prefill": "failed"}
+    assert sections["decode"]["error"] == "its process ended with status 1 and left no results"
+
+
+def test_several_processes_share_what_is_not_timed(supervised):
+    sections = supervised("a b c d e", {"correctness": 1, "invariance": 1}, lanes=3)
+    # in the order of the lanes, so that a report reads the same each time
+    assert names_of(sections["correctness"]) == ["a 0", "d 3", "b 1", "e 4", "c 2"]
+    assert sections["correctness"]["state"] == sections["invariance"]["state"] == "done"
+    assert {row["lane"] for row in sections["invariance"]["rows"]} == {0}
+
+
+def test_what_is_timed_is_compiled_by_several_and_timed_by_one(supervised):
+    sections = supervised("a b c", {"decode": 1}, lanes=2)
+    assert [(row["name"], row["lane"]) for row in sections["decode"]["rows"]] == [("a 0", 0), ("b 1", 0), ("c 2", 0)]
+
+
+def test_time_that_is_spent_leaves_the_sections_stopped(supervised, monkeypatch):
+    monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
+    sections = supervised("fine hangs", {"decode": 1, "prefill": 1}, minutes=0.004)
+    assert sections["decode"]["state"] == sections["prefill"]["state"] == "stopped"
+    assert names_of(sections["decode"])[:1] in ([], ["fine 0"], ["hangs 1: process"])
+
+
+def test_a_worker_leaves_with_the_process_that_watches_it(monkeypatch):
+    left = []
+    monkeypatch.setattr(gpu.os, "_exit", left.append)
+    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    gone.wait()
+    gpu._leave_with(gone.pid)
+    for _ in range(100):
+        if left:
+            break
+        time.sleep(0.01)
+    assert left == [1]
+
+
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
 
 
@@ -179,13 +349,14 @@ def fake_tool(tmp_path, monkeypatch):
     def make(status, seconds=0):
         tool = tmp_path / "compute-sanitizer"
         summary = "========= ERROR SUMMARY: 3 errors" if status else "========= ERROR SUMMARY: 0 errors"
-        tool.write_text(
-            f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING" >> {tmp_path}/calls\n'
-            f'echo "{summary}"\nexec sh -c "sleep {seconds}; exit {status}"\n',
-            encoding="utf-8",
-        )
+        lines = ["#!/bin/sh", f'echo "$@" >> {tmp_path}/calls']
+        lines += [f'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $GPT2RT_CUDA_GRAPHS" >> {tmp_path}/calls']
+        lines += [f'echo "{summary}"', f"sleep {seconds} &", "wait $!", f"exit {status}"]
+        tool.write_text("\n".join(lines), encoding="utf-8")
         tool.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.delenv("PYTORCH_NO_CUDA_MEMORY_CACHING", raising=False)
+        monkeypatch.delenv("GPT2RT_CUDA_GRAPHS", raising=False)
         return tmp_path / "calls"
 
     return make
@@ -201,32 +372,55 @@ def sanitized():
 def test_the_sanitizer_checks_the_smallest_shapes(fake_tool):
     calls = fake_tool(0)
     session, rows = sanitized()
-    assert [(row["name"], row["ok"]) for row in rows] == [("memcheck", True), ("racecheck", True)]
+    names = ["memcheck", "racecheck", "memcheck, graphs", "synccheck", "initcheck"]
+    assert [(row["name"], row["ok"]) for row in rows] == [(name, True) for name in names]
     assert rows[0]["summary"] == "ERROR SUMMARY: 0 errors"
-    first, caching, *_ = calls.read_text(encoding="utf-8").splitlines()
-    assert first.startswith("--tool memcheck --error-exitcode 86 --target-processes all ")
-    assert "gpu.py --sections a --smallest --out " in first
-    assert caching == "1"
+    lines = calls.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("--tool memcheck --error-exitcode 86 --target-processes all ")
+    assert f"gpu.py --smallest --worker {os.getpid()} --sections correctness --out " in lines[0]
+    assert [line.split()[1] for line in lines[::2]] == ["memcheck", "racecheck", "memcheck", "synccheck", "initcheck"]
+    # without torch's allocator nothing could be captured
+    assert lines[1::2] == ["1 0", "1 0", " ", "1 0", "1 0"]
     assert session.ok
 
 
 def test_what_the_sanitizer_finds_is_a_failure(fake_tool):
     fake_tool(86)
     session, rows = sanitized()
-    assert [row["ok"] for row in rows] == [False, False]
+    assert [row["ok"] for row in rows] == [False] * 5
     assert rows[0]["status"] == 86
     assert "3 errors" in rows[0]["summary"]
     assert not session.ok
 
 
-def test_a_sanitizer_that_takes_too_long_is_stopped(fake_tool, monkeypatch):
-    fake_tool(0, seconds=60)
-    monkeypatch.setattr(sanitizer, "TIMEOUT_S", 0.5)
+def test_a_sanitizer_that_takes_too_long_is_stopped_with_all_that_it_started(fake_tool, monkeypatch):
+    """Its child went on, and kept the device."""
+    fake_tool(0, seconds=61.7)
+    monkeypatch.setattr(sanitizer, "CALLS", (sanitizer.Call("memcheck", "memcheck", False, 0.3),))
     start = time.monotonic()
-    _, rows = sanitized()
+    _, (row,) = sanitized()
     assert time.monotonic() - start < 30
-    assert rows[0]["status"] == -1
-    assert "took too long" in rows[0]["tail"]
+    assert row["status"] == -1
+    assert "stopped: it took longer than 0 s" in row["tail"]
+    assert (row["state"], row["parts"]) == ("not begun", 0)
+    running = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        # others end while this looks
+        with contextlib.suppress(OSError):
+            running.append(path.read_bytes())
+    assert running
+    assert b"sleep\x0061.7\x00" not in running
+
+
+def test_calls_share_the_time_that_is_left(fake_tool, monkeypatch):
+    fake_tool(0)
+    session = Session(CPU, None, minutes=3.0)
+    with session.section("sanitizer"):
+        sanitizer.run(session)
+    limits = [row["limit_s"] for row in session.result["sections"]["sanitizer"]["rows"]]
+    # a fifth and a half of it for the first; the last may have more than it wants
+    assert 50 < limits[0] <= 54
+    assert limits[-1] == 90.0
 
 
 def test_without_the_tool_it_says_so(monkeypatch):
@@ -234,136 +428,3 @@ def test_without_the_tool_it_says_so(monkeypatch):
     session, rows = sanitized()
     assert rows == [{"kind": "note", "name": "compute-sanitizer", "text": "not run: compute-sanitizer is not on PATH"}]
     assert session.ok
-
-
-# ---- the report ------------------------------------------------------------------------------------------------------
-
-
-def result_of(device="NVIDIA H100", **sections):
-    """A result file made by hand; the device reads at half the bandwidth of the targets."""
-    machine = {"device": device, "driver": "580.1", "commit": "abc", "date": "2026-01-01", "packages": {"torch": "2"}}
-    limits = {"bytes_per_s": 1.5e12, "operations_per_s": 6e14}
-    session = Session(CPU, None)
-    for name, fill in sections.items():
-        with session.section(name):
-            fill(session)
-    return {"machine": machine, "dry": False, "limits": limits, "sections": session.result["sections"]}
-
-
-def decode(session):
-    facts = {"model": "124M", "format": "float16", "batch": 1, "context": 256}
-    forms = {"gpt2rt": times(200.0), "torch in a graph": times(400.0)}
-    session.times("decode 124M float16 context 256", forms, floor_us=150.0, **facts)
-    forms = {"gpt2rt": times(300.0), report.COMPILED: times(900.0)}
-    session.times("generate 124M float16", forms, model="124M", format="float16")
-    session.times("generate 124M int4", {"gpt2rt": times(1800.0)}, model="124M", format="int4")
-
-
-def kernels(session):
-    forms = {"gpt2rt": times(10.0), "gpt2rt, n8 w8": times(12.0), "torch": times(8.0)}
-    session.times("layer_norm rows=8192 n=768", forms, floor_us=8.5, op="layer_norm", bytes=100, operations=0)
-    forms = {"gpt2rt": times(10.0)}
-    session.times("linear_rows x", forms, floor_us=8.5, op="linear_rows", bytes=1000, operations=2000)
-
-
-def test_targets_scale_with_the_bandwidth_and_say_what_they_reached():
-    text = report.Report([result_of(decode=decode, kernels=kernels)]).text()
-    # at half the bandwidth the floor of 86 us takes 172: every goal is 86 us later
-    assert "| 124M float16, batch 1, context 256 | 172 | 276 | 221 | 191 | 200 | goal 2 |" in text
-    assert "| layer norm 8192 x 768, share of bandwidth |  | 80 | 90 |  | 85 | goal 1 |" in text
-    assert "| 355M float16, batch 1, context 256 | 488 | 694 | 589 | 524 | not measured |  |" in text
-    assert "NVIDIA H100, driver 580.1; torch 2, triton None" in text
-    assert "1.50 TB/s, 600 TFLOP/s" in text
-
-
-def test_every_format_stands_beside_the_compiled_transformers():
-    text = report.Report([result_of(decode=decode)]).text()
-    assert "| 124M float16 | 300 | 900 | 3.00 | ahead |" in text
-    assert "| 124M int4 | 1800 | 900 | 0.50 | **behind** |" in text
-
-
-def test_the_table_of_times():
-    text = report.Report([result_of(kernels=kernels)]).text()
-    assert "| layer_norm rows=8192 n=768 | 10 (9) | 8 (torch) | 0.80 | 8.5 | 85 % | gpt2rt, n8 w8 12 |" in text
-
-
-def test_failures_and_what_is_missing_are_said():
-    def bad(session):
-        session.check("right", True)
-        session.check("wrong", False, error=0.7)
-        session.note("tool", "not run")
-        with session.attempt("part"):
-            raise RuntimeError("broken")
-        session.need(1e9)
-
-    text = report.Report([result_of(correctness=bad)]).text()
-    assert "Checks: 1 of 3 hold." in text
-    assert "- **wrong**: 0.7" in text
-    assert "- **part**: RuntimeError: broken" in text
-    assert "- tool: not run" in text
-    assert "Not complete: correctness stopped: the time of --minutes was spent." in text
-
-
-def test_of_equal_rows_the_last_counts():
-    def again(session):
-        session.times("decode 124M float16 context 256", {"gpt2rt": times(120.0)}, floor_us=100.0)
-
-    found = report.Report([result_of(decode=decode), result_of(decode=again)])
-    assert found.find("decode 124M float16 context 256")["us"]["gpt2rt"]["median"] == 120.0
-    assert found.find("generate 124M int4") is not None
-
-
-def test_results_of_different_devices_are_not_mixed():
-    with pytest.raises(ValueError, match=r"different devices, NVIDIA H100, NVIDIA H200"):
-        report.Report([result_of(), result_of(device="NVIDIA H200")])
-    with pytest.raises(ValueError, match="no result was given"):
-        report.Report([])
-
-
-def test_the_program_reads_files(tmp_path, capsys):
-    path = tmp_path / "gpu.json"
-    path.write_text(json.dumps(result_of(decode=decode)), encoding="utf-8")
-    assert report.main([str(path)]) == 0
-    assert "### Targets" in capsys.readouterr().out
-    assert report.main([str(tmp_path / "none.json")]) == 2
-    assert "none.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("value", "goals", "quantity", "expected"),
-    [
-        (100.0, [190, 135, 105], "us", "stretch"),
-        (136.0, [190, 135, 105], "us", "goal 1"),
-        (191.0, [190, 135, 105], "us", "missed"),
-        (66.0, [50, 65, 85], "share", "goal 2"),
-        (14.0, [30, 15], "value", "goal 2"),
-        (None, [30, 15], "value", ""),
-    ],
-)
-def test_the_furthest_goal_that_is_reached(value, goals, quantity, expected):
-    assert report.reached(value, goals, quantity) == expected
-
-
-def test_what_is_drawn():
-    def more(session):
-        for context, us in ((1024, 900.0), (128, 300.0)):
-            facts = {"model": "124M", "format": "float16", "batch": 64, "context": context}
-            session.times(f"decode 124M float16 batch 64 context {context}", {"gpt2rt": times(us)}, **facts)
-
-    found = report.Report([result_of(decode=decode, kernels=kernels, throughput=more)])
-    # 2000 operations in 10 us are 0.2 GFLOP/s
-    assert found.roofline_points() == [("linear_rows", 2.0, pytest.approx(2e-4))]
-    assert found.decode_lines() == {
-        (1, "gpt2rt"): [(256, 200.0)],
-        (1, "torch in a graph"): [(256, 400.0)],
-        (64, "gpt2rt"): [(128, 300.0), (1024, 900.0)],
-    }
-    assert found.decode_lines("355M") == {}
-
-
-def test_plots(tmp_path):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'gpt2rt[bench]'")
-    drawn = report.Report([result_of(decode=decode, kernels=kernels)]).plots(tmp_path / "pictures")
-    assert [path.name for path in drawn] == ["roofline.png", "decode.png"]
-    assert all(path.stat().st_size > 1000 for path in drawn)
-    assert report.Report([result_of()]).plots(tmp_path) == []
