@@ -48,16 +48,13 @@ def kernels(
     """
     if rounds < 1:
         raise UsageFault(f"--rounds must be at least 1, got {rounds}")
-    from gpt2rt.lab.measure import choose, measure
+    from gpt2rt.lab.measure import choose, measure, runs_on
     from gpt2rt.lab.registry import TOLERANCE
 
     try:
         operations = choose(op)
     except ValueError as error:
         raise UsageFault(f"--op: {error}") from None
-    if listing:
-        _list(operations, as_json)
-        return
     import torch
 
     set_threads(threads)
@@ -67,6 +64,10 @@ def kernels(
     if name not in dtypes:
         raise UsageFault(f"--dtype must be one of {', '.join(dtypes)}, got {name!r}")
     from gpt2rt.lab.problem import Place
+
+    if listing:
+        _list(operations, Place(place_device, dtypes[name]), as_json)
+        return
     from gpt2rt.lab.timing import Timer, measure_limits
 
     on_cuda = place_device.type == "cuda"
@@ -76,8 +77,7 @@ def kernels(
     cold = (1 << 28) if timed else 0
     results = []
     for operation in operations:
-        if not (operation.cpp or Place(place_device).has_triton):
-            # on a CPU without the interpreter only peers could run
+        if not runs_on(operation, Place(place_device)):
             continue
         rows = []
         for size in (operation.toy,) if toy else operation.sizes:
@@ -96,18 +96,26 @@ def kernels(
         raise typer.Exit(1)
 
 
-def _list(operations: list[Any], as_json: bool) -> None:
-    from gpt2rt.lab.measure import size_text
+def _list(operations: list[Any], place: Any, as_json: bool) -> None:
+    from gpt2rt.lab.measure import form_names, runs_on, size_text
+
+    def forms(operation: Any) -> list[str]:
+        """Those that run on the device that was asked for, at any of its sizes."""
+        if not runs_on(operation, place):
+            return []
+        names = (name for size in operation.sizes for name in form_names(operation, size, place))
+        return list(dict.fromkeys(names))
 
     if as_json:
         names = ("name", "maths", "reference", "triton", "cpp", "limit", "exact", "sizes")
-        print(json.dumps([{name: getattr(operation, name) for name in names} for operation in operations]))
+        entries = [{name: getattr(operation, name) for name in names} for operation in operations]
+        print(json.dumps([e | {"forms": forms(o)} for e, o in zip(entries, operations, strict=True)]))
         return
-    table = Table("kernel", "computes", "definition", "Triton", "C++", "sizes", box=None)
+    table = Table("kernel", "computes", "definition", "Triton", "C++", "sizes", f"forms on {place.device}", box=None)
     for operation in operations:
         sizes = "\n".join(size_text(size) for size in operation.sizes)
         cells = (operation.name, operation.maths, operation.reference, "\n".join(operation.triton), operation.cpp)
-        table.add_row(*(escape(cell) for cell in (*cells, sizes)))
+        table.add_row(*(escape(cell) for cell in (*cells, sizes, "\n".join(forms(operation)))))
     console().print(table)
 
 

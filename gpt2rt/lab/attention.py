@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt2rt.kernels import refs
 from gpt2rt.kernels.fused_linear import Partials, merge_partials_ref
 
-from .problem import Place, Problem, load, poison, size_of, tried
+from .problem import DEFINITION, Place, Problem, load, poison, size_of, tried
 
 BLOCK_SIZE = 16
 SPLIT = 64
@@ -92,7 +92,9 @@ def write_kv(place: Place, *, rows: int, heads: int, head_dim: int, cache: str) 
 
     # the schema of the op wants both or neither
     both: list[Tensor | None] = [*scales] if scales else [None, None]
-    forms = place.forms("write_kv", "write_kv:write_kv_triton", lambda _: (key, value, *caches, slots, *both))
+    forms = place.forms(
+        "write_kv", "write_kv:write_kv_triton", refs.write_kv_ref, lambda _: (key, value, *caches, slots, *both)
+    )
     if cache == "float8":
         # the float8 cache is the GPU's
         forms.pop("C++", None)
@@ -126,6 +128,7 @@ def paged_decode_attention(place: Place, *, seqs: int, context: int, heads: int,
     forms = place.forms(
         "paged_decode_attention",
         "paged_decode_attention:paged_decode_attention_triton",
+        refs.paged_decode_attention_ref,
         lambda i: (query, stores[i].key, stores[i].value, paged.table, paged.lens, context, scale, *paged.scales),
     )
     if cache == "float8":
@@ -182,6 +185,7 @@ def paged_prefill_attention(
     forms = place.forms(
         "paged_prefill_attention",
         "paged_prefill_attention:paged_prefill_attention_triton",
+        refs.paged_prefill_attention_ref,
         lambda i: (
             query,
             stores[i].key,
@@ -252,7 +256,7 @@ def merge_splits(place: Place, *, seqs: int, splits: int, heads: int, head_dim: 
             return out
 
         forms["Triton"] = run
-    forms["definition"] = lambda _: merge_partials_ref(Partials(values, lse, lens), SPLIT).to(place.dtype)
+    forms[DEFINITION] = lambda _: merge_partials_ref(Partials(values, lse, lens), SPLIT).to(place.dtype)
     return Problem(
         forms,
         lambda: merge_partials_ref(Partials(values, lse, lens), SPLIT, torch.float64),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpt2rt.kernels import sampling_refs, score_refs
 
-from .problem import Place, Problem, load, size_of
+from .problem import DEFINITION, Place, Problem, load, size_of
 
 
 def _scores(place: Place, rows: int, vocab: int) -> tuple[int, Tensor]:
@@ -20,14 +20,15 @@ def _scores(place: Place, rows: int, vocab: int) -> tuple[int, Tensor]:
 
 def argmax(place: Place, *, rows: int, vocab: int) -> Problem:
     copies, scores = _scores(place, rows, vocab)
-    forms = place.forms("argmax", "sampling:argmax_triton", lambda i: (scores[i], False))
+    forms = place.forms("argmax", "sampling:argmax_triton", sampling_refs.argmax_ref, lambda i: (scores[i], False))
     forms["torch"] = lambda i: scores[i].argmax(dim=-1)
     return Problem(forms, lambda: sampling_refs.argmax_ref(scores[0], False), moved=size_of(scores[0]), copies=copies)
 
 
 def sampling_weights(place: Place, *, rows: int, vocab: int) -> Problem:
     copies, scores = _scores(place, rows, vocab)
-    forms = place.forms("sampling_weights", "sampling:sampling_weights_triton", lambda i: (scores[i],))
+    definition = sampling_refs.sampling_weights_ref
+    forms = place.forms("sampling_weights", "sampling:sampling_weights_triton", definition, lambda i: (scores[i],))
     forms["torch softmax"] = lambda i: scores[i].softmax(dim=-1)
     return Problem(
         forms,
@@ -49,7 +50,8 @@ def sample(place: Place, *, rows: int, vocab: int, settings: str) -> Problem:
         )
         filters = temperature, torch.full((rows,), 50, device=place.device), top_p, min_p
     rest = (None, False, False)
-    forms = place.forms("sample", "sampling:sample_triton", lambda i: (scores[i], numbers, *filters, *rest))
+    definition = sampling_refs.sample_ref
+    forms = place.forms("sample", "sampling:sample_triton", definition, lambda i: (scores[i], numbers, *filters, *rest))
 
     def plain(i: int) -> Tensor:
         """The usual chain of operations: divide, keep the best, cut the cumulative sum, draw."""
@@ -76,8 +78,7 @@ def sample(place: Place, *, rows: int, vocab: int, settings: str) -> Problem:
 
 def uniforms(place: Place, *, rows: int) -> Problem:
     keys = [place.integers(-(2**62), 2**62, rows) for _ in range(4)]
-    forms = place.forms("uniforms", "uniforms:uniforms_triton", lambda _: (*keys,))
-    forms["definition"] = lambda _: sampling_refs.uniforms_ref(*keys)
+    forms = place.forms("uniforms", "uniforms:uniforms_triton", sampling_refs.uniforms_ref, lambda _: (*keys,))
     return Problem(forms, lambda: sampling_refs.uniforms_ref(*keys), moved=40 * rows)
 
 
@@ -96,8 +97,12 @@ def penalties(place: Place, *, rows: int, vocab: int) -> Problem:
     copies, scores = _scores(place, rows, vocab)
     counts, slots = _counts(place, rows, vocab)
     settings = [place.uniform(rows, low=low, high=high, dtype=torch.float64) for low, high in ((1, 2), (0, 1), (0, 1))]
-    forms = place.forms("penalties", "penalties:penalties_triton", lambda i: (scores[i], counts, slots, *settings))
-    forms["definition"] = lambda i: score_refs.penalties_ref(scores[i], counts, slots, *settings)
+    forms = place.forms(
+        "penalties",
+        "penalties:penalties_triton",
+        score_refs.penalties_ref,
+        lambda i: (scores[i], counts, slots, *settings),
+    )
     return Problem(
         forms,
         lambda: score_refs.penalties_ref(scores[0], counts, slots, *settings),
@@ -115,8 +120,8 @@ def count_tokens(place: Place, *, rows: int, vocab: int) -> Problem:
         score_refs.count_tokens_ref(result, slots, ids)
         return result
 
-    forms = place.forms("count_tokens", "penalties:count_tokens_triton", lambda _: (counts, slots, ids))
-    forms["definition"] = lambda _: score_refs.count_tokens_ref(counts, slots, ids)
+    definition = score_refs.count_tokens_ref
+    forms = place.forms("count_tokens", "penalties:count_tokens_triton", definition, lambda _: (counts, slots, ids))
     return Problem(forms, expected, moved=24 * rows, prepare=lambda: _restore(counts, before), outputs=lambda _: counts)
 
 
@@ -132,8 +137,8 @@ def reset_counts(place: Place, *, rows: int, vocab: int, tokens: int) -> Problem
         return result
 
     sequences = slots, ids, starts, prompts, tokens
-    forms = place.forms("reset_counts", "penalties:reset_counts_triton", lambda _: (counts, *sequences))
-    forms["definition"] = lambda _: score_refs.reset_counts_ref(counts, *sequences)
+    definition = score_refs.reset_counts_ref
+    forms = place.forms("reset_counts", "penalties:reset_counts_triton", definition, lambda _: (counts, *sequences))
     moved = 4 * rows * vocab + 16 * rows * tokens
     return Problem(forms, expected, moved=moved, prepare=lambda: _restore(counts, before), outputs=lambda _: counts)
 
@@ -142,7 +147,10 @@ def log_probabilities(place: Place, *, rows: int, vocab: int, best: int) -> Prob
     copies, scores = _scores(place, rows, vocab)
     ids = place.integers(0, vocab, rows)
     forms = place.forms(
-        "log_probabilities", "log_probabilities:log_probabilities_triton", lambda i: (scores[i], ids, best)
+        "log_probabilities",
+        "log_probabilities:log_probabilities_triton",
+        score_refs.log_probabilities_ref,
+        lambda i: (scores[i], ids, best),
     )
 
     def plain(i: int) -> tuple[Tensor, ...]:
@@ -181,15 +189,17 @@ def advance(place: Place, *, rows: int) -> Problem:
         for name, tensor in state.items():
             tensor.copy_(before[name])
 
-    def expected() -> tuple[Tensor, ...]:
-        from gpt2rt.kernels.advance import advance_ref
+    def by_definition(tensors: dict[str, Tensor]) -> None:
+        load("advance:advance_ref")(chosen, *tensors.values(), block_size)
 
+    def expected() -> tuple[Tensor, ...]:
         result = {name: tensor.clone() for name, tensor in before.items()}
-        advance_ref(chosen, *result.values(), block_size)
+        by_definition(result)
         return tuple(result.values())
 
     forms: dict[str, Callable[[int], Any]] = {}
     if place.has_triton:
         launch = load("advance:advance_triton")
         forms["Triton"] = lambda _: launch(chosen, *state.values(), block_size)
+    forms[DEFINITION] = lambda _: by_definition(state)
     return Problem(forms, expected, moved=100 * rows, prepare=prepare, outputs=lambda _: tuple(state.values()))

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: what a problem calls its definition among its forms
+DEFINITION = "definition"
 #: copies of the data that calls take in turn, at most
 MAX_COPIES = 64
 
@@ -65,24 +67,25 @@ class Place:
         return torch.randperm(count, generator=self.generator, device=self.device)
 
     def forms(
-        self, op: str, launcher: str, arguments: Callable[[int], tuple[Any, ...]]
+        self, op: str, launcher: str, definition: Callable[..., Any], arguments: Callable[[int], tuple[Any, ...]]
     ) -> dict[str, Callable[[int], Any]]:
-        """The forms of an op that run here: "C++", or "Triton" by its launcher; both take the op's arguments.
+        """The forms of an op that run here: "C++", or "Triton" by its launcher, and its definition in plain torch.
 
         Args:
             op: name in ``torch.ops.gpt2rt``.
             launcher: ``module:function`` below ``gpt2rt.kernels``.
-            arguments: those of a call on a copy of the data.
+            definition: the reference, which computes in float32 and rounds to the dtype of the place.
+            arguments: those of a call on a copy of the data; all forms take the op's.
         """
         from gpt2rt import ops
 
+        found: dict[str, Callable[..., Any]] = {}
         if self.has_triton:
-            name, form = "Triton", load(launcher)
+            found["Triton"] = load(launcher)
         elif self.device.type == "cpu" and ops.op_forms()[op]["cpu"] == "C++":
-            name, form = "C++", getattr(torch.ops.gpt2rt, op).default
-        else:
-            return {}
-        return {name: lambda i: form(*arguments(i))}
+            found["C++"] = getattr(torch.ops.gpt2rt, op).default
+        found[DEFINITION] = definition
+        return {name: lambda i, form=form: form(*arguments(i)) for name, form in found.items()}  # type: ignore[misc]
 
 
 def load(target: str) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from gpt2rt.kernels.fused_linear import Append, Norm, Partials, fused_linear_ref
 from gpt2rt.kernels.quantized_linear import quantized_linear_ref
 from gpt2rt.ops.cuda_extension import cuda_extension_status
 
-from .problem import Place, Problem, load, poison, size_of, tried
+from .problem import DEFINITION, Place, Problem, load, poison, size_of, tried
 from .rows import EPS
 from .weights import copies_of, make_weight, random_codes
 
@@ -49,7 +49,7 @@ def linear(place: Place, *, rows: int, k: int, n: int, op: str = "linear", conv1
         "linear_gelu_new": refs.linear_gelu_new_ref,
         "linear_residual": refs.linear_residual_ref,
     }[op]
-    forms = place.forms(op, f"linear:{op}_triton", lambda i: (x, weights[i], bias, *extra))
+    forms = place.forms(op, f"linear:{op}_triton", definition, lambda i: (x, weights[i], bias, *extra))
 
     def plain(i: int) -> Tensor:
         y = F.linear(x, weights[i], bias)
@@ -78,6 +78,7 @@ def quantized_linear(place: Place, *, rows: int, k: int, n: int, format: str) ->
     forms = place.forms(
         "quantized_linear",
         "quantized_linear_triton:quantized_linear_triton",
+        quantized_linear_ref,
         lambda i: (x, held[i], scales, zeros, table, bias, *rest),
     )
     wide = make_dense(place, codes, scales, zeros, table, k, group)
@@ -166,6 +167,9 @@ def fused_linear(
     if place.has_triton:
         forms.update(_fused_forms(place, kernel, x, weights, bias, out, rows, options))
     assert definition is not None
+    narrow = definition.float()
+    known = {name: value for name, value in options.items() if name in ("norm", "activation", "residual")}
+    forms[DEFINITION] = lambda i: fused_linear_ref(narrow, weights[i], bias, **known)
     forms["torch" if format == "dense" else "torch, dense"] = _plain(place, definition, weights, bias, options)
 
     def compare(result: Any) -> tuple[Tensor, ...]:
@@ -292,6 +296,7 @@ def head_argmax(place: Place, *, rows: int, k: int, n: int, format: str) -> Prob
             return ids, best
 
         forms["Triton"] = run
+    forms[DEFINITION] = lambda i: load("head:head_argmax_ref")(x, weights[i], norm, None)[:2]
     plain = _plain(place, x, weights, None, {"norm": norm})
     forms["torch" if format == "dense" else "torch, dense"] = lambda i: plain(i).max(dim=-1)[::-1]
     wide = Norm(norm.weight.double(), norm.bias.double(), norm.eps)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from gpt2rt.kernels import refs
+from gpt2rt.kernels.fused_linear import Norm
 
-from .problem import Place, Problem, load, poison, size_of
+from .problem import DEFINITION, Place, Problem, load, poison, size_of
 from .weights import make_weight
 
 EPS = 1e-5
@@ -20,7 +21,9 @@ def layer_norm(place: Place, *, rows: int, n: int) -> Problem:
     copies = place.copies(2 * rows * n * place.dtype.itemsize)
     xs = place.normal(copies, rows, n)
     weight, bias = place.normal(n), place.normal(n)
-    forms = place.forms("layer_norm", "layer_norm:layer_norm_triton", lambda i: (xs[i], weight, bias, EPS))
+    forms = place.forms(
+        "layer_norm", "layer_norm:layer_norm_triton", refs.layer_norm_ref, lambda i: (xs[i], weight, bias, EPS)
+    )
     forms["torch"] = lambda i: F.layer_norm(xs[i], (n,), weight, bias, EPS)
     return Problem(
         forms,
@@ -35,7 +38,10 @@ def add_layer_norm(place: Place, *, rows: int, n: int) -> Problem:
     xs, residuals = place.normal(copies, rows, n), place.normal(copies, rows, n)
     weight, bias = place.normal(n), place.normal(n)
     forms = place.forms(
-        "add_layer_norm", "layer_norm:add_layer_norm_triton", lambda i: (xs[i], residuals[i], weight, bias, EPS)
+        "add_layer_norm",
+        "layer_norm:add_layer_norm_triton",
+        refs.add_layer_norm_ref,
+        lambda i: (xs[i], residuals[i], weight, bias, EPS),
     )
 
     def plain(i: int):
@@ -56,19 +62,18 @@ def norm_rows(place: Place, *, rows: int, n: int) -> Problem:
     copies = place.copies(rows * n * (4 + place.dtype.itemsize))
     xs = place.normal(copies, rows, n, dtype=torch.float32)
     weight, bias = place.normal(n), place.normal(n)
-    out = torch.empty(rows, n, dtype=place.dtype, device=place.device)
+    out, norm = torch.empty(rows, n, dtype=place.dtype, device=place.device), Norm(weight, bias, EPS)
     forms: dict[str, Callable[[int], Any]] = {}
     if place.has_triton:
-        from gpt2rt.kernels.fused_linear import Norm
-
         launch = load("norm_rows:norm_rows_triton")
 
         def run(i: int):
-            launch(xs[i], Norm(weight, bias, EPS), out)
+            launch(xs[i], norm, out)
             return out
 
         forms["Triton"] = run
     wide = weight.float(), bias.float()
+    forms[DEFINITION] = lambda i: load("norm_rows:norm_rows_ref")(xs[i], norm).to(place.dtype)
     forms["torch"] = lambda i: F.layer_norm(xs[i], (n,), *wide, EPS).to(place.dtype)
     return Problem(
         forms,
@@ -82,7 +87,9 @@ def norm_rows(place: Place, *, rows: int, n: int) -> Problem:
 def bias_gelu_new(place: Place, *, rows: int, n: int) -> Problem:
     copies = place.copies(2 * rows * n * place.dtype.itemsize)
     xs, bias = place.normal(copies, rows, n), place.normal(n)
-    forms = place.forms("bias_gelu_new", "bias_gelu_new:bias_gelu_new_triton", lambda i: (xs[i], bias))
+    forms = place.forms(
+        "bias_gelu_new", "bias_gelu_new:bias_gelu_new_triton", refs.bias_gelu_new_ref, lambda i: (xs[i], bias)
+    )
     forms["torch"] = lambda i: F.gelu(xs[i] + bias, approximate="tanh")
     return Problem(
         forms,
@@ -96,7 +103,9 @@ def embedding(place: Place, *, rows: int, n: int, vocab: int) -> Problem:
     wte, wpe = place.normal(vocab, n), place.normal(1024, n)
     copies = place.copies(2 * rows * n * place.dtype.itemsize)
     ids, positions = place.integers(0, vocab, copies, rows), place.integers(0, 1024, copies, rows)
-    forms = place.forms("embedding", "embedding:embedding_triton", lambda i: (ids[i], positions[i], wte, wpe))
+    forms = place.forms(
+        "embedding", "embedding:embedding_triton", refs.embedding_ref, lambda i: (ids[i], positions[i], wte, wpe)
+    )
     forms["torch"] = lambda i: F.embedding(ids[i], wte) + F.embedding(positions[i], wpe)
     return Problem(
         forms,
@@ -121,6 +130,7 @@ def embedding_rows(place: Place, *, rows: int, n: int, vocab: int, format: str) 
             return out
 
         forms["Triton"] = run
+    forms[DEFINITION] = lambda i: load("embedding_rows:embedding_rows_ref")(ids[i], positions[i], wte, wpe)
     if format == "dense":
         forms["torch"] = lambda i: F.embedding(ids[i], wte.data).float() + F.embedding(positions[i], wpe).float()
 

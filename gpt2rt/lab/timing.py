@@ -20,6 +20,9 @@ Call = Callable[[int], Any]
 
 # threads of torch's CPU kernels spin for a while after their last work; so long nobody else is measured
 SETTLE_S = 0.02
+# a call that has taken so long in so many rounds has no more of them
+_MOST_US = 3e6
+_LEAST_ROUNDS = 3
 # a device is kept busy for so many cycles (some 100 us) before the first event: a graph that is launched meanwhile
 # starts right behind it, and the time is the device's alone
 _BUSY_CYCLES = 200_000
@@ -92,10 +95,15 @@ class Timer:
                 failed[name] = describe(error)
         samples: dict[str, list[float]] = {name: [] for name in prepared}
         names = list(prepared)
+        spent = dict.fromkeys(names, 0.0)
         for number in range(self.rounds):
             turn = number % max(1, len(names))
             for name in names[turn:] + names[:turn]:
+                if spent[name] > _MOST_US and len(samples[name]) >= _LEAST_ROUNDS:
+                    # of a call that takes seconds a few rounds tell enough
+                    continue
                 samples[name].append(self._once(prepared[name]))
+                spent[name] += samples[name][-1] * prepared[name].count
         return {name: Times.of(values, prepared[name].captured) for name, values in samples.items()}, failed
 
     def _prepare(self, call: Call, copies: int) -> _Prepared:

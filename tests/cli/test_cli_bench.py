@@ -68,6 +68,7 @@ def test_the_list(run):
     code, out, _ = run("bench", "kernels", "--list", "--op", "sample", "--json")
     (entry,) = json.loads(out)
     assert entry["reference"] == "sampling_refs:sample_ref"
+    assert [form for form in entry["forms"] if form != "C++"] == ["definition", "torch"]
 
 
 @pytest.mark.parametrize(

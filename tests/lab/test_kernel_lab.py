@@ -3,13 +3,15 @@
 import ast
 import math
 import pathlib
+import time
 
 import pytest
 import torch
 
 from gpt2rt import ops
-from gpt2rt.lab.measure import choose, is_ours, measure, size_text
-from gpt2rt.lab.problem import Place, Problem, error_of, patched, poison
+from gpt2rt.lab import timing
+from gpt2rt.lab.measure import choose, form_names, is_ours, measure, runs_on, size_text
+from gpt2rt.lab.problem import DEFINITION, Place, Problem, error_of, patched, poison
 from gpt2rt.lab.registry import OPERATIONS, Operation
 from gpt2rt.lab.timing import Timer, Times
 
@@ -65,6 +67,8 @@ def test_cpp_forms_agree_with_their_definitions(operation):
         result = measure(operation, operation.toy, Place("cpu", dtype))
         assert result["forms"]["C++"]["ok"], result
         assert result["ok"]
+        # in the dtype of the place: what plain torch gives, and what is timed beside the others
+        assert result["forms"][DEFINITION]["error"] <= result["tolerance"], result
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "linear_residual", "paged_prefill_attention", "log_probabilities"])
@@ -190,6 +194,46 @@ def test_torchs_int4_product_takes_whole_groups_of_tiles(k, tiles):
     from gpt2rt.lab.products import inner_tiles
 
     assert inner_tiles(k) == tiles
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "sample", "write_kv", "linear_gelu_new", "paged_prefill_attention"])
+def test_the_forms_of_a_size_are_told_without_its_data(name):
+    operation = OPERATIONS[name]
+    place = Place("cpu")
+    for size in (operation.toy, operation.sizes[0]):
+        assert form_names(operation, size, place) == list(operation.problem(place, size).forms)
+
+
+def test_pytest_benchmark_has_the_forms_of_the_command_line():
+    """It had one of gpt2rt's forms and one peer, chosen by their order."""
+    pytest.importorskip("pytest_benchmark", reason="pip install 'gpt2rt[bench]'")
+    import bench_kernels
+
+    assert bench_kernels.DEVICE.type == "cpu"
+    found = {}
+    for case in bench_kernels._cases():
+        operation, size, form = case.values
+        found.setdefault((operation.name, size_text(size)), []).append(form)
+    place = Place("cpu")
+    listed = {o.name for o in OPERATIONS.values() if runs_on(o, place)}
+    assert {name for name, _ in found} == listed
+    assert len(found) == sum(len(o.sizes) for o in OPERATIONS.values() if o.name in listed)
+    assert all(DEFINITION in forms for forms in found.values())
+
+
+def test_the_definitions_time_is_left_out_where_there_is_another_peer():
+    forms = {"C++": lambda x, out: x + x, DEFINITION: lambda x, out: 2 * x}
+    alone = measure(operation_of(**forms), {"n": 2}, Place("cpu"), definition=False)
+    assert set(alone["forms"]) == {"C++", DEFINITION}
+    beside = measure(operation_of(**forms, torch=lambda x, out: 2 * x), {"n": 2}, Place("cpu"), definition=False)
+    assert set(beside["forms"]) == {"C++", "torch"}
+
+
+def test_a_call_that_takes_long_has_few_rounds(monkeypatch):
+    monkeypatch.setattr(timing, "_MOST_US", 1.0)
+    calls = {"slow": lambda i: time.sleep(1e-3), "fast": lambda i: None}
+    times, _ = Timer(torch.device("cpu"), rounds=5, target_us=1.0).compare(calls)
+    assert times["slow"].samples == 3
 
 
 def test_whose_a_form_is():
