@@ -119,6 +119,11 @@ def _command(options: argparse.Namespace) -> list[str]:
     return command + ([] if options.commit is None else ["--commit", options.commit])
 
 
+def record(options: argparse.Namespace) -> dict[str, Any]:
+    """The command line, for the record."""
+    return {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(options).items()}
+
+
 def default_lanes() -> int:
     """As many as half of the cores keep busy; a prime, so that large and small parts take turns in every lane."""
     cores = len(os.sched_getaffinity(0))
@@ -128,13 +133,18 @@ def default_lanes() -> int:
 def watch_workers(options: argparse.Namespace, names: list[str]) -> int:
     """Run sections by processes that may be lost, and say what came of them."""
     from gpu_sections import WEIGHTS
+    from gpu_sections.session import write_whole
     from gpu_sections.supervisor import read, supervise
 
     lanes = default_lanes() if options.lanes is None else options.lanes
     # its kernels compile in a moment
     lanes = 1 if options.smallest else lanes
     supervise(_command(options), {name: WEIGHTS[name] for name in names}, options.out, options.minutes, lanes)
-    status = summarise(read(options.out))
+    result = read(options.out)
+    # workers have recorded their own
+    result["arguments"] = record(options)
+    write_whole(options.out, result)
+    status = summarise(result)
     print(options.out)
     return status
 
@@ -151,7 +161,6 @@ def work(options: argparse.Namespace, names: list[str], device: torch.device) ->
         found = read(options.out)
         # the file of a worker that was lost, or of lanes before it
         earlier = found if "machine" in found else None
-    record = {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(options).items()}
     number, lanes = (int(word) for word in options.lane.split("/"))
     session = Session(
         device,
@@ -161,7 +170,7 @@ def work(options: argparse.Namespace, names: list[str], device: torch.device) ->
         smallest=options.smallest,
         compiles=options.compile,
         lane=(number, lanes),
-        arguments=record,
+        arguments=record(options),
         earlier=earlier,
     )
     if options.commit:
@@ -198,7 +207,8 @@ def run(session: Session, names: list[str]) -> int:
     from gpu_sections.supervisor import LOST
 
     for number, name in enumerate(names):
-        print(f"== {name}", flush=True)
+        if not session.compiles:
+            print(f"== {name}", flush=True)
         try:
             with session.section(name, WEIGHTS[name] / sum(WEIGHTS[other] for other in names[number:])):
                 session.need(5)

@@ -12,8 +12,8 @@ from gpt2rt.lab.problem import Place
 from gpt2rt.lab.registry import OPERATIONS
 
 from . import serving
-from .models import DTYPES, FORMATS, drop, make_model, plan_of, prefill_batch, random_cache, title_of, weights_of
-from .persistent import REPEATS, check_bits, persistent_executor, why_not
+from .models import DTYPES, FORMATS, drop, make_model, prefill_batch, random_cache, title_of, weights_of
+from .persistent import BARRIER_PATIENCE_S, REPEATS, check_bits, persistent_executor, steps_of, why_not
 from .session import Session
 
 #: tokens that are fed as a prompt, and one by one after it
@@ -162,9 +162,10 @@ def _model(session: Session, name: str, format: str, scale: float) -> None:
     model = make_model(name, format, session.device, scale=scale)
     prompt, steps = (6, 2) if session.toy else (PROMPT, STEPS)
     ids = torch.randint(0, model.config.vocab_size, (prompt + steps,), device=session.device)
-    plan = plan_of(model)
+    executor = model.generation_executor("cuda")
+    title = f"model {title_of(name, executor.plan)}{steps_of(executor)}"
     peer_dtype = DTYPES.get(format, torch.float16)
-    _compare(session, f"model {title_of(name, plan)}", model, ids, prompt, peer_dtype, **weights_of(plan))
+    _compare(session, title, model, ids, prompt, peer_dtype, **weights_of(executor.plan))
 
 
 def _persistent(session: Session) -> None:
@@ -182,7 +183,7 @@ def _persistent(session: Session) -> None:
         if session.over(title):
             continue
         session.need(20)
-        with session.attempt(title):
+        with session.attempt(title, BARRIER_PATIENCE_S):
             model = make_model(name, format, session.device, scale=scale)
             executor = persistent_executor(model.generation_executor("cuda"))
             if executor is None:
@@ -192,6 +193,7 @@ def _persistent(session: Session) -> None:
             ids = torch.randint(0, model.config.vocab_size, (prompt + steps,), device=session.device)
             _compare(session, title, model, ids, prompt, DTYPES[format], executor)
             check_bits(session, title, executor, REPEATS if session.timed else 3)
+        drop()
 
 
 def _embedded(session: Session) -> None:

@@ -25,8 +25,8 @@ from .models import (
     weights_of,
 )
 from .peers import COMPILED, TRANSFORMERS_MODES, TorchStep, generate_us, note_quantised_peers, transformers_model
+from .persistent import BARRIER_PATIENCE_S, chain_label, time_beside_chain
 from .persistent import LABEL as PERSISTENT
-from .persistent import chain_label, time_beside_chain
 from .session import Session, as_times
 
 #: new tokens of a measured generation
@@ -41,14 +41,15 @@ def run(session: Session) -> None:
     note_quantised_peers(session)
     # first what the device does, for all; then the kernel that no device has proven, which a whole grid waits in; then
     # what a user waits for, whose peers take long to compile
-    for part, wanted in ((_steps, formats), (_persistent, formats[:1]), (_generate, formats)):
+    parts = (_steps, formats, None), (_persistent, formats[:1], BARRIER_PATIENCE_S), (_generate, formats, PATIENCE_S)
+    for part, wanted, patience in parts:
         for format in wanted:
             for name in names:
                 title = f"{part.__name__.strip('_')} {name} {format}"
                 if session.over(title):
                     continue
                 session.need(20)
-                with session.attempt(title, PATIENCE_S):
+                with session.attempt(title, patience):
                     part(session, name, format, make_model(name, format, session.device))
                 drop()
 
@@ -83,7 +84,9 @@ def _context(session: Session, name: str, format: str, context: int, plain: Any,
     if chain.pdl and context == 256 and format == "float16" and ours != PERSISTENT:
         calls["gpt2rt, no PDL"] = ReplayedStep(altered(chain, pdl=False), batch, cache, decode=True, greedy=True)
     torchs = "torch in a graph" if format in DTYPES else "torch in a graph, float16"
-    calls[torchs] = TorchStep(plain, 1, 1, context)
+    # it has nothing to compile
+    if not session.compiles:
+        calls[torchs] = TorchStep(plain, 1, 1, context)
     if format == "int4" and cuda_extension_status().loaded:
         # chosen while the launches are recorded
         calls["gpt2rt, CUDA C++ rows"] = variant("linear_rows_cuda", "_enabled", True, calls[ours])
@@ -152,7 +155,7 @@ def _generate(session: Session, name: str, format: str, model: Any) -> None:
     one(ours, model)
     if format != "float16":
         return
-    del model
+    del model, plan
     drop()
     for label, (attention, options) in TRANSFORMERS_MODES.items():
         # compiling for a CPU takes longer than a dry run may

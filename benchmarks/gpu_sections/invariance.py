@@ -13,6 +13,7 @@ from gpt2rt.lab.problem import Place
 from gpt2rt.lab.weights import make_weight
 
 from .models import ReplayedStep, altered, decode_batch, drop, make_model, prefill_batch, random_cache, title_of
+from .persistent import steps_of
 from .session import Session
 
 
@@ -28,7 +29,9 @@ def run(session: Session) -> None:
                 session.need(20)
                 with session.attempt(f"{word} {name} {format}"):
                     executor = make_model(name, format, session.device, scale=3.0).generation_executor("cuda")
-                    part(session, title_of(name, executor.plan), executor)
+                    # the other parts leave the persistent kernel out themselves
+                    which = steps_of(executor) if part is _replays else ""
+                    part(session, title_of(name, executor.plan) + which, executor)
                 drop()
         for format in ("dense", "int4") if session.toy else ("dense", "int8", "int4", "nf4"):
             if session.over(f"product {format}"):

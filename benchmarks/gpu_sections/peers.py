@@ -92,7 +92,7 @@ def transformers_model(name: str, dtype: torch.dtype, device: torch.device, atte
 
 
 def generate_us(
-    model: Any, ids: Tensor, new_tokens: int, rounds: int, wait: Callable[[], None], **options: Any
+    model: Any, ids: Tensor, new_tokens: int, rounds: int, wait: Callable[[], None], warm: int = 1, **options: Any
 ) -> tuple[list[float], list[float]]:
     """Times by the clock of greedy generation as a user calls it, microseconds.
 
@@ -100,15 +100,16 @@ def generate_us(
         model: of gpt2rt or transformers.
         ids: [1, prompt] int64.
         new_tokens: 1 measures the first token alone.
-        rounds: that are measured, after one that compiles and warms up; 0 measures the first call of all.
+        rounds: that are measured; 0 measures the first call of all.
         wait: until the device is done.
+        warm: rounds before, which compile and warm up.
         options: of ``generate``.
 
     Returns:
         (to the first token, a token after the first) for each round; the second is empty with one new token.
     """
     first, each = [], []
-    for number in range(rounds + 1):
+    for number in range(rounds + warm if rounds else 1):
         spans = []
         for count in dict.fromkeys((1, new_tokens)):
             wait()
@@ -117,7 +118,7 @@ def generate_us(
                 model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0, **options)
             wait()
             spans.append((time.perf_counter() - start) * 1e6)
-        if number or not rounds:
+        if number >= warm or not rounds:
             first.append(spans[0])
             each += [(span - spans[0]) / (new_tokens - 1) for span in spans[1:]]
     return first, each

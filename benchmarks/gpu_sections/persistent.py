@@ -18,6 +18,8 @@ from .session import Session
 
 #: what it is called among times
 LABEL = "gpt2rt, CUDA C++ persistent"
+#: seconds without a row after which its grid is taken to wait for ever
+BARRIER_PATIENCE_S = 90.0
 #: launches whose bits must be equal
 REPEATS = 200
 
@@ -40,6 +42,11 @@ def persistent_chain(chain: Any) -> Any | None:
 def chain_label(chain: Any) -> str:
     """What a chain's steps of one sequence are called: ``GPT2RT_CUDA_PERSISTENT=1`` gives them to another kernel."""
     return "gpt2rt" if chain.persistent is None else LABEL
+
+
+def steps_of(executor: Any) -> str:
+    """What is added to the names of rows where the variable gave the steps of one sequence to this kernel."""
+    return "" if executor.chain.persistent is None else ", persistent steps"
 
 
 def persistent_executor(executor: Any) -> Any | None:
@@ -91,7 +98,7 @@ def time_grids(session: Session) -> None:
         if session.over(part):
             continue
         session.need(10)
-        with session.attempt(part):
+        with session.attempt(part, BARRIER_PATIENCE_S):
             chain = make_model(name, "float16", session.device).generation_executor("cuda").chain
             time_beside_chain(session, part, name, chain, 40 if session.toy else 256, (2, 4))
         drop()
@@ -99,7 +106,7 @@ def time_grids(session: Session) -> None:
     if session.over(part):
         return
     session.need(10)
-    with session.attempt(part):
+    with session.attempt(part, BARRIER_PATIENCE_S):
         # 61 phases whose weights a single block would read in a moment
         sizes = dict(n_layer=12, n_embd=64, n_head=1, vocab_size=64, n_positions=64)
         model = make_model(

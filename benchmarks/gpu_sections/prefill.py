@@ -27,6 +27,8 @@ from .session import Session, as_times
 LENGTHS = (128, 1024, 32, 512, 256, 64)
 #: the prompt's pass compiled as well, which transformers does for prompts in chunks: one chunk
 COMPILED_PROMPT = f"{COMPILED}, prompt too"
+#: calls before those that are measured: compiled peers record their graphs in the second and third
+WARM = 3
 #: seconds that torch.compile may take over a model of 1.5B without a row
 PATIENCE_S = 240.0
 
@@ -60,7 +62,9 @@ def _steps(session: Session, name: str, format: str, model: Any) -> None:
             "gpt2rt": ReplayedStep(chain, prefill_batch(ids, 0, table), cache, decode=False, greedy=True)
         }
         torchs = "torch in a graph" if format in DTYPES else "torch in a graph, float16"
-        calls[torchs] = TorchStep(plain, 1, length, length)
+        # it has nothing to compile
+        if not session.compiles:
+            calls[torchs] = TorchStep(plain, 1, length, length)
         times, failed = session.timer(11, target_us=2000.0, max_calls=8).compare(calls)
         operations = prefill_operations(MODELS[name], length)
         session.times(
@@ -102,7 +106,7 @@ def _first_token(session: Session, name: str, format: str, model: Any) -> None:
         failed: dict[str, str] = {}
         for label, (peer, options) in asked.items():
             try:
-                times[label] = as_times(generate_us(peer, ids, 1, rounds, wait, **options)[0])
+                times[label] = as_times(generate_us(peer, ids, 1, rounds, wait, WARM, **options)[0])
             except Exception as error:
                 failed[label] = describe(error)
             # what is known is on disk before a peer is compiled

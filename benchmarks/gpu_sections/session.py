@@ -159,18 +159,19 @@ class Session:
         return turn % lanes != number or name in self._entry["parts"]
 
     @contextlib.contextmanager
-    def attempt(self, name: str, patience: float = PATIENCE_S) -> Iterator[None]:
+    def attempt(self, name: str, patience: float | None = None) -> Iterator[None]:
         """One part of a section: an exception becomes a failed row, and the section goes on.
 
         Args:
             name: of the part.
-            patience: seconds without a row after which whoever watches this process takes it for hung.
+            patience: seconds without a row after which whoever watches this process takes it for hung; None:
+                :data:`PATIENCE_S`.
 
         Raises:
             DeviceLostError: the process's context on the device is broken.
         """
         self._entry["parts"].append(name)
-        self.result["patience_s"] = patience
+        self.result["patience_s"] = PATIENCE_S if patience is None else patience
         self.write()
         try:
             yield
@@ -247,7 +248,8 @@ class Session:
 
     def _add(self, row: dict[str, Any]) -> None:
         self._entry["rows"].append(row)
-        print(f"{self.seconds():5.0f}s  {_line(row)}", flush=True)
+        if not self.compiles:
+            print(f"{self.seconds():5.0f}s  {_line(row)}", flush=True)
         self.write()
 
     def write(self) -> None:

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -61,13 +61,30 @@ def supervise(command: list[str], shares: dict[str, float], out: pathlib.Path, m
         compiled = [name for name in names if name in COMPILED]
         if lanes > 1 and compiled:
             end = time.monotonic() + COMPILE_SHARE * (deadline - time.monotonic())
-            for path in _in_lanes([*command, "--compile"], compiled, out, end, lanes):
+            print(f"== compiling for {', '.join(compiled)} in {lanes} processes", flush=True)
+            # compilers of the peers, which each process has by itself, must not be as many again
+            threads = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+            for path in _in_lanes([*command, "--compile"], compiled, out, end, lanes, threads):
                 path.unlink(missing_ok=True)
         watch(command, names, out, deadline)
 
 
-def watch(command: list[str], names: list[str], out: pathlib.Path, deadline: float) -> None:
-    """Run sections one after another by workers that take over from each other."""
+def watch(
+    command: list[str],
+    names: list[str],
+    out: pathlib.Path,
+    deadline: float,
+    variables: Mapping[str, str] | None = None,
+) -> None:
+    """Run sections one after another by workers that take over from each other.
+
+    Args:
+        command: of a worker, without what it shall do.
+        names: of the sections.
+        out: the file that the workers write.
+        deadline: by ``time.monotonic()``.
+        variables: of their environment, besides this process's.
+    """
     while not _ending.is_set():
         before = read(out)
         left = [name for name in names if before["sections"].get(name, {}).get("state", "running") == "running"]
@@ -81,6 +98,7 @@ def watch(command: list[str], names: list[str], out: pathlib.Path, deadline: flo
             [*worker(command, left, out), "--minutes", f"{minutes:.3f}"],
             out,
             deadline,
+            variables or {},
         )
         if _ending.is_set():
             return
@@ -103,10 +121,12 @@ def worker(command: list[str], names: list[str], out: pathlib.Path) -> list[str]
     return [*command, "--worker", str(os.getpid()), "--sections", ",".join(names), "--out", str(out)]
 
 
-def _attend(command: list[str], out: pathlib.Path, deadline: float) -> tuple[int | None, str]:
+def _attend(
+    command: list[str], out: pathlib.Path, deadline: float, variables: Mapping[str, str]
+) -> tuple[int | None, str]:
     """Wait for a worker, or end it with all that it started; (exit status, why it was ended)."""
     # a group of its own: compilers that it has started go with it
-    child = subprocess.Popen(command, start_new_session=True)
+    child = subprocess.Popen(command, env={**os.environ, **variables}, start_new_session=True)
     _children.add(child)
     seen, stamp, patience = time.monotonic(), 0.0, PATIENCE_S
     try:
@@ -153,14 +173,19 @@ def _signals() -> Iterator[None]:
 
 
 def _in_lanes(
-    command: list[str], names: list[str], out: pathlib.Path, deadline: float, lanes: int
+    command: list[str],
+    names: list[str],
+    out: pathlib.Path,
+    deadline: float,
+    lanes: int,
+    variables: Mapping[str, str] | None = None,
 ) -> list[pathlib.Path]:
     """Run sections by workers that share their parts, each with a file beside ``out``."""
     files = [out.with_name(f"{out.stem}.{names[0]}-{number}.json") for number in range(lanes)]
 
     def one(number: int) -> None:
         files[number].unlink(missing_ok=True)
-        watch([*command, "--lane", f"{number}/{lanes}"], names, files[number], deadline)
+        watch([*command, "--lane", f"{number}/{lanes}"], names, files[number], deadline, variables)
 
     with ThreadPoolExecutor(lanes) as pool:
         list(pool.map(one, range(lanes)))

@@ -68,7 +68,8 @@ def _one(session: Session, name: str, format: str, batch: int, context: int, mod
         calls[label] = ReplayedStep(chain, inputs, cache, decode=True, greedy=True)
         if not floor:
             floor = session.floor_us(step_bytes(chain, batch, context, cache), _operations(chain.plan, batch, context))
-    if format == "float16":
+    # it has nothing to compile, and as much to keep as all others
+    if format == "float16" and not session.compiles:
         calls["torch in a graph"] = TorchStep(model, batch, 1, context)
     times, failed = session.timer(11, target_us=3000.0, max_calls=8).compare(calls)
     title = f"{title_of(name, chain.plan)} batch {batch} context {context}"
