@@ -2,9 +2,9 @@
 
 Three commands of under ten minutes run all of it, the most wanted first:
 
-    python benchmarks/gpu.py --part 1 --out gpu-1.json     # a, g: is it right, bit for bit where that is promised
+    python benchmarks/gpu.py --part 1 --out gpu-1.json     # a, g, h: is it right, bit for bit where that is promised
     python benchmarks/gpu.py --part 2 --out gpu-2.json     # b, c: the device, and latency at batch 1
-    python benchmarks/gpu.py --part 3 --out gpu-3.json     # d, e, f, h: throughput, prompts, kernels, the sanitizer
+    python benchmarks/gpu.py --part 3 --out gpu-3.json     # d, e, f: throughput, prompts, kernels
     python benchmarks/report.py gpu-1.json gpu-2.json gpu-3.json              # tables, targets, plots
 
     python benchmarks/gpu.py --part all --out gpu.json     # the three one after another: gpu-1.json, gpu-2.json, ...
@@ -127,7 +127,17 @@ def record(options: argparse.Namespace) -> dict[str, Any]:
 def default_lanes() -> int:
     """As many as half of the cores keep busy; a prime, so that large and small parts take turns in every lane."""
     cores = len(os.sched_getaffinity(0))
-    return next((number for number in (7, 5, 3) if 2 * number <= cores), 1)
+    return 1 if _exclusive() else next((number for number in (7, 5, 3) if 2 * number <= cores), 1)
+
+
+def _exclusive() -> bool:
+    """Whether the device takes one process at a time."""
+    query = ["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"]
+    try:
+        modes = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "Exclusive_Process" in modes or "Prohibited" in modes
 
 
 def watch_workers(options: argparse.Namespace, names: list[str]) -> int:

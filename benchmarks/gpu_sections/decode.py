@@ -124,7 +124,7 @@ def _launched(session: Session, step: Callable[[int], Any]) -> Times:
 def _generate(session: Session, name: str, format: str, model: Any) -> None:
     """``generate`` as a user calls it, host and all."""
     device, cuda = session.device, session.device.type == "cuda"
-    new_tokens, prompt, rounds = (3, 8, 0) if session.toy else (NEW_TOKENS, 224, 3 if session.timed else 0)
+    new_tokens, prompt, rounds = (2, 8, 0) if session.toy else (NEW_TOKENS, 224, 3 if session.timed else 0)
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), device=device)
     plan = model.generation_executor("cuda").plan
     weights, title = weights_of(plan), f"generate {title_of(name, plan)}"

@@ -90,8 +90,8 @@ def plan_of(model: Any) -> Any:
 
 def drop() -> None:
     """Give the memory of what is no longer named back to the device."""
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -133,6 +133,7 @@ class Session:
         """
         new: dict[str, Any] = {"state": "running", "seconds": 0.0, "error": None, "parts": [], "rows": []}
         entry = self._entry = self.result["sections"].setdefault(name, new)
+        entry.update(state="running", error=None)
         self._turn = 0
         start, before = time.monotonic(), entry["seconds"]
         self._deadline = start + share * (self._end - start)

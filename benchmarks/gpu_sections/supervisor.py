@@ -201,7 +201,8 @@ def _merge(files: list[pathlib.Path], name: str, out: pathlib.Path) -> None:
     first = next(result for result in results if "machine" in result)
     worst = max(found, key=lambda section: ("done", "running", "stopped", "failed").index(section["state"]))
     section = {
-        "state": worst["state"],
+        # what a lane that failed has left undone is for the worker behind them
+        "state": "running" if worst["state"] == "failed" else worst["state"],
         "seconds": max(section["seconds"] for section in found),
         "error": worst["error"],
         "parts": [part for section in found for part in section["parts"]],

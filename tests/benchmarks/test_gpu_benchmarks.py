@@ -244,6 +244,7 @@ lane, lanes = map(int, value("--lane").split("/")) if "--lane" in arguments else
 for name in value("--sections").split(","):
     new = {"state": "running", "seconds": 1.0, "error": None, "parts": [], "rows": []}
     section = result["sections"].setdefault(name, new)
+    section.update(state="running", error=None)
 
     def write():
         out.with_suffix(".new").write_text(json.dumps(result))
@@ -312,6 +313,23 @@ def test_several_processes_share_what_is_not_timed(supervised):
     assert names_of(sections["correctness"]) == ["a 0", "d 3", "b 1", "e 4", "c 2"]
     assert sections["correctness"]["state"] == sections["invariance"]["state"] == "done"
     assert {row["lane"] for row in sections["invariance"]["rows"]} == {0}
+
+
+def test_what_a_lane_has_left_undone_is_done_by_the_worker_behind_them(tmp_path, supervised):
+    """As on a device that takes one process at a time."""
+    flag = tmp_path / "taken"
+    worker = (tmp_path / "worker.py").read_text(encoding="utf-8")
+    busy = f"""
+import sys
+if "--lane" in sys.argv and not sys.argv[sys.argv.index("--lane") + 1].startswith("0/"):
+    open({str(flag)!r}, "w").close()
+    sys.exit(1)
+"""
+    (tmp_path / "worker.py").write_text(busy + worker, encoding="utf-8")
+    section = supervised("a b c d e", {"correctness": 1}, lanes=3)["correctness"]
+    assert flag.exists()
+    assert (section["state"], section["error"]) == ("done", None)
+    assert names_of(section) == ["a 0", "d 3", "b 1", "c 2", "e 4"]
 
 
 def test_what_is_timed_is_compiled_by_several_and_timed_by_one(supervised):
