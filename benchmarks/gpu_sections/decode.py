@@ -25,7 +25,7 @@ from .models import (
     weights_of,
 )
 from .peers import COMPILED, TRANSFORMERS_MODES, TorchStep, generate_us, note_quantised_peers, transformers_model
-from .persistent import BARRIER_PATIENCE_S, chain_label, time_beside_chain
+from .persistent import BARRIER_PATIENCE_S, ROWS, chain_label, time_beside_chain
 from .persistent import LABEL as PERSISTENT
 from .session import Session, as_times
 
@@ -89,7 +89,9 @@ def _context(session: Session, name: str, format: str, context: int, plain: Any,
         calls[torchs] = TorchStep(plain, 1, 1, context)
     if format == "int4" and cuda_extension_status().loaded:
         # chosen while the launches are recorded
-        calls["gpt2rt, CUDA C++ rows"] = variant("linear_rows_cuda", "_enabled", True, calls[ours])
+        step, ours = calls.pop(ours), "gpt2rt"
+        for label, enabled in ((ours, False), (ROWS, True)):
+            calls[label] = variant("linear_rows_cuda", "_enabled", enabled, step)
     timer = session.timer(15, target_us=2000.0, max_calls=16)
     times, failed = timer.compare(calls)
     if device.type == "cuda" and session.timed and ours in times:

@@ -13,11 +13,13 @@ import torch
 from gpt2rt.graph.persistent import PersistentStep, unsupported
 from gpt2rt.ops.cuda_extension import cuda_extension_status
 
-from .models import ReplayedStep, altered, decode_batch, drop, make_model, random_cache, step_bytes
+from .models import ReplayedStep, altered, decode_batch, drop, make_model, random_cache, step_bytes, weights_of
 from .session import Session
 
 #: what it is called among times
 LABEL = "gpt2rt, CUDA C++ persistent"
+#: what a step is called whose products of 4-bit weights are those of csrc/cuda/, as with ``GPT2RT_CUDA_INT4=1``
+ROWS = "gpt2rt, CUDA C++ rows"
 #: seconds without a row after which its grid is taken to wait for ever
 BARRIER_PATIENCE_S = 90.0
 #: launches whose bits must be equal
@@ -40,8 +42,13 @@ def persistent_chain(chain: Any) -> Any | None:
 
 
 def chain_label(chain: Any) -> str:
-    """What a chain's steps of one sequence are called: ``GPT2RT_CUDA_PERSISTENT=1`` gives them to another kernel."""
-    return "gpt2rt" if chain.persistent is None else LABEL
+    """What a chain's steps of one sequence are called: two variables give them, or their products, to other kernels."""
+    from gpt2rt.kernels import linear_rows_cuda
+
+    if chain.persistent is not None:
+        return LABEL
+    four_bits = weights_of(chain.plan)["layers"] in ("int4", "nf4")
+    return ROWS if four_bits and linear_rows_cuda._enabled else "gpt2rt"
 
 
 def steps_of(executor: Any) -> str:

@@ -11,6 +11,7 @@ from gpu_sections.kernels import label
 from gpu_sections.models import make_model, plan_of, title_of
 from gpu_sections.peers import COMPILED
 from gpu_sections.persistent import LABEL as PERSISTENT
+from gpu_sections.persistent import ROWS
 from gpu_sections.prefill import LENGTHS
 from gpu_sections.session import Session
 from gpu_sections.throughput import CASES
@@ -108,7 +109,7 @@ def test_every_target_names_rows_as_the_sections_do():
     known |= {f"prefill {plain} {length} tokens" for length in LENGTHS} | {f"invariance cost {plain} batch 1"}
     assert {target["row"] for target in table["target"]} <= known
     forms = {form for target in table["target"] for form in target.get("forms", ())}
-    assert forms == {PERSISTENT, "gpt2rt, CUDA C++ rows", label("CUDA C++")}
+    assert forms == {PERSISTENT, ROWS, label("CUDA C++")}
     for target in table["target"]:
         assert target.get("also", []) in (
             [],
