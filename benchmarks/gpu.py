@@ -18,7 +18,7 @@ breaks its process's context on the device, costs that part and a new start of t
 anything failed.
 
 With --lanes (by default as many as the machine's cores allow) several processes share what is not timed: correctness,
-and compiling what is timed afterwards, alone.
+whose rows lie in files beside OUT until all are done, and compiling what one process alone times afterwards.
 
 Times are medians and 10th percentiles of rounds in which gpt2rt and its peers alternate, between CUDA events around
 graphs, weights cold; what a user waits for (``generate``) is taken by the clock. Beside each stand the ratio to the

@@ -31,12 +31,14 @@ class Report:
         results: what gpu.py wrote, oldest first.
 
     Raises:
-        ValueError: none, or results of different devices.
+        ValueError: none, one of a run that did not begin, or results of different devices.
     """
 
     def __init__(self, results: list[dict[str, Any]]) -> None:
         if not results:
             raise ValueError("no result was given; gpu.py writes them")
+        if not all("machine" in result for result in results):
+            raise ValueError("a result says nothing of its machine: its run ended before anything was measured")
         devices = {str(result["machine"].get("device")) for result in results}
         if len(devices) > 1:
             raise ValueError(f"the results are of different devices, {', '.join(sorted(devices))}; report each alone")

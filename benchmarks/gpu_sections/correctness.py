@@ -115,6 +115,7 @@ def _compare(
     executor = executor or model.generation_executor("cuda")
     found = _ours(executor, ids, prompt, executor.plan.dtype).double()
     peer = _reference(model, session.device, peer_dtype)(ids[None], use_cache=False).logits[0].double()
+    drop()
     wide = _reference(model, session.device, torch.float64)
     expected = wide(ids[None], use_cache=False).logits[0]
     error = float((found - expected).abs().max())

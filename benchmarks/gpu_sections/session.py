@@ -179,7 +179,11 @@ class Session:
         except OutOfTime:
             raise
         except Exception as error:
-            self._add({"kind": "failed", "name": name, "ok": False, "error": describe(error)})
+            if isinstance(error, torch.cuda.OutOfMemoryError) and self._lane[1] > 1:
+                # others have what it lacks: it is left to the process behind the lanes, which is alone
+                self._entry["parts"].remove(name)
+            else:
+                self._add({"kind": "failed", "name": name, "ok": False, "error": describe(error)})
         if self.device.type == "cuda":
             try:
                 torch.cuda.synchronize(self.device)

@@ -199,12 +199,11 @@ def _merge(files: list[pathlib.Path], name: str, out: pathlib.Path) -> None:
     if not found:
         return
     first = next(result for result in results if "machine" in result)
-    worst = max(found, key=lambda section: ("done", "running", "stopped", "failed").index(section["state"]))
     section = {
-        # what a lane that failed has left undone is for the worker behind them
-        "state": "running" if worst["state"] == "failed" else worst["state"],
+        # what a lane has left undone is for the worker behind them
+        "state": "running",
         "seconds": max(section["seconds"] for section in found),
-        "error": worst["error"],
+        "error": None,
         "parts": [part for section in found for part in section["parts"]],
         "rows": [row for section in found for row in section["rows"]],
     }

@@ -173,6 +173,18 @@ def test_lanes_share_the_parts_of_a_section():
     assert [name for lane, name in done if lane == 1] == ["part 1", "part 4"]
 
 
+def test_a_part_without_memory_is_left_to_a_process_that_is_alone():
+    for lanes, parts, rows in ((3, [], []), (1, ["1.5B"], ["1.5B"])):
+        session = Session(CPU, None, lane=(0, lanes))
+        with session.section("a"):
+            assert not session.over("1.5B")
+            with session.attempt("1.5B"):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        section = session.result["sections"]["a"]
+        assert (section["state"], section["parts"]) == ("done", parts)
+        assert [row["name"] for row in section["rows"]] == rows
+
+
 def test_a_row_that_grows_replaces_itself():
     session = Session(CPU, None)
     with session.section("a"):

@@ -189,6 +189,8 @@ def test_results_of_different_devices_are_not_mixed():
         report.Report([result_of(), result_of(device="NVIDIA H200")])
     with pytest.raises(ValueError, match="no result was given"):
         report.Report([])
+    with pytest.raises(ValueError, match="ended before anything was measured"):
+        report.Report([{"sections": {"decode": {"state": "failed", "error": "no", "rows": []}}}])
 
 
 def test_the_program_reads_files(tmp_path, capsys):
