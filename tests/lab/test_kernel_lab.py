@@ -1,6 +1,7 @@
 """The kernel lab: its list is complete, its errors find wrong kernels, its times are fair."""
 
 import ast
+import contextlib
 import math
 import pathlib
 import time
@@ -260,6 +261,68 @@ def test_peers_take_turns_and_copies_too():
     assert [turn[0][0] for turn in turns] == ["a", "b", "b", "a", "a", "b", "b", "a"]
     # the next round goes on with the next copies
     assert [i for name, i in measured if name == "a"] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
+class FakeDevice:
+    """torch.cuda as far as the timer needs it: launching a call takes the host a millisecond, running it 10 us."""
+
+    def __init__(self, monkeypatch):
+        self.clock_us, self.capturing, self.graphs, self.order = 0.0, None, [], []
+        device = self
+
+        class Graph:
+            def __init__(self):
+                self.calls = 0
+                device.graphs.append(self)
+
+            def replay(self):
+                device.order.append("replay")
+                device.clock_us += 10.0 * self.calls
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                device.order.append("event")
+                self.at = device.clock_us
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e-3
+
+        @contextlib.contextmanager
+        def graph(which, capture_error_mode):
+            device.capturing = which
+            yield
+            device.capturing = None
+
+        names = {"CUDAGraph": Graph, "Event": Event, "graph": graph, "current_stream": lambda _: None}
+        names |= {"synchronize": lambda _: None, "_sleep": lambda _: device.order.append("busy")}
+        for name, fake in names.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def call(self, copy):
+        if self.capturing is None:
+            time.sleep(1e-3)
+            self.clock_us += 10.0
+        else:
+            self.capturing.calls += 1
+
+
+def test_a_graph_holds_as_many_calls_as_its_own_time_asks_for(monkeypatch):
+    """It was counted by the time that launching from Python takes: one call, and the gap before it."""
+    device = FakeDevice(monkeypatch)
+    timer = Timer(torch.device("cuda"), rounds=3, target_us=1000.0, max_calls=64)
+    times, failed = timer.compare({"x": device.call}, copies=3)
+    assert not failed
+    # 100 calls would fill the time; 64 are the most
+    assert [graph.calls for graph in device.graphs] == [3, 64]
+    assert (times["x"].median, times["x"].samples, times["x"].captured) == (pytest.approx(10.0), 3, True)
+    # busy while the graph is launched, so that nothing lies between the event and it
+    assert device.order[-4:] == ["busy", "event", "replay", "event"]
 
 
 def test_a_timer_that_does_not_warm_up_calls_once():
