@@ -199,7 +199,7 @@ def work(options: argparse.Namespace, names: list[str], device: torch.device) ->
     return lost or status
 
 
-def _leave_with(watcher: int) -> None:
+def _leave_with(watcher: int) -> threading.Thread:
     """End this process when the one that watches it is gone: nobody else could, were a kernel to hang."""
 
     def look() -> None:
@@ -207,7 +207,9 @@ def _leave_with(watcher: int) -> None:
             time.sleep(2.0)
         os._exit(1)
 
-    threading.Thread(target=look, daemon=True).start()
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    return thread
 
 
 def run(session: Session, names: list[str]) -> int:
