@@ -6,8 +6,8 @@ Metadata stands in pyproject.toml. Environment variables:
         demands it, and builds it against a torch without CUDA too, which will not load it; ``0`` leaves it out, and so
         does ``auto`` with GPT2RT_CPP=0.
     CXX, CXXFLAGS, LDFLAGS: as usual; CXXFLAGS comes last, so it can add sanitizers or turn optimisation off.
-    GPT2RT_CUDA_ARCHITECTURES: for which ``_C_cuda`` gets machine code, such as ``90`` or ``80,90``; default: all that
-        are supported and that nvcc knows.
+    GPT2RT_CUDA_ARCHITECTURES: for which ``_C_cuda`` gets machine code, such as ``90`` or ``80,90``; one that nvcc does
+        not know is an error. Default: all that are supported and that nvcc knows; those that it does not are named.
     NVCC_FLAGS: added to nvcc's, such as ``-ccbin g++-13`` for a host compiler that nvcc accepts.
 
 Each extension uses torch's stable ABI only and no Python symbol, so one ``_C.abi3.so`` serves many versions of both.
@@ -193,15 +193,30 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
 
 
+def cuda_architectures(nvcc: str, listed: list[str]) -> list[str]:
+    """Those that are asked for, of the ``listed`` that nvcc knows; one that it does not is named, or an error."""
+    chosen = os.environ.get("GPT2RT_CUDA_ARCHITECTURES", "")
+    asked = [number.strip() for number in (chosen or ",".join(map(str, CUDA_ARCHITECTURES))).split(",")]
+    known = [number for number in asked if f"sm_{number}" in listed]
+    unknown = ", ".join(number or "''" for number in asked if number not in known)
+    if chosen and unknown:
+        raise SystemExit(
+            f"setup.py: GPT2RT_CUDA_ARCHITECTURES is {chosen!r}, but {nvcc} does not know {unknown}, only "
+            f"{', '.join(listed)}; leave that out (90 is compute capability 9.0), or install a newer CUDA toolkit"
+        )
+    if not known:
+        raise SystemExit(f"setup.py: {nvcc} has none of the architectures {unknown}, only {', '.join(listed)}")
+    if unknown:
+        print(f"setup.py: {CUDA} without machine code for {unknown}, which {nvcc} does not know", flush=True)
+    return known
+
+
 def build_cuda(nvcc: str, target: Path, folder: Path, user_flags: list[str]) -> None:
     """Compile csrc/cuda and link ``target``; torch's own CUDAExtension refuses to work with a torch without CUDA."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    asked = os.environ.get("GPT2RT_CUDA_ARCHITECTURES") or ",".join(map(str, CUDA_ARCHITECTURES))
-    known = [number for number in asked.split(",") if f"sm_{number}" in listed]
-    if not known:
-        raise SystemExit(f"setup.py: {nvcc} has none of the architectures {asked}, only {', '.join(listed)}")
+    known = cuda_architectures(nvcc, listed)
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in known]
     targets.append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")
     folder.mkdir(parents=True, exist_ok=True)

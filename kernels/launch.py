@@ -30,6 +30,18 @@ def architecture_of(x: Tensor) -> int:
     return _architecture(x.get_device()) if x.is_cuda else compiled_for
 
 
+def aligned(x: Tensor) -> Tensor:
+    """``x`` [num_rows, n] as few compiled kernels serve it: it begins at a multiple of 16 bytes, or is a copy.
+
+    Triton compiles a kernel for pointers and strides that are multiples of 16, and again for others. Rows of scores
+    that are cut out of many may begin anywhere, and the first of them would wait for the compiler. The stride of a
+    single row means nothing: it is such a multiple too, as for the rows of a step.
+    """
+    if x.data_ptr() % 16:
+        x = x.clone()
+    return x.as_strided(x.shape, (-(-x.size(1) // 16) * 16, 1)) if x.size(0) == 1 else x
+
+
 def architecture_of_device(device: torch.device | str) -> int:
     """:func:`architecture_of` for tensors that are still to be made."""
     device = torch.device(device)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import aligned, on_device
 from .sampling_select import (
     EXACT,
     MAX_LIST,
@@ -114,6 +114,7 @@ def _log_probabilities_kernel(
 
 def log_probabilities_triton(scores: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch ``log_probabilities``. Shapes and dtypes were checked by ``gpt2rt.ops``."""
+    scores = aligned(scores)
     num_rows, device = scores.size(0), scores.device
     chosen = torch.empty((num_rows,), dtype=torch.float32, device=device)
     ranks = torch.empty((num_rows,), dtype=torch.int64, device=device)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config_table import Chunk, ConfigTable
-from .launch import architecture_of, on_device
+from .launch import aligned, architecture_of, on_device
 from .sampling_select import EXACT
 from .score_refs import count_tokens_ref, penalties_ref, reset_counts_ref
 
@@ -116,6 +116,7 @@ def penalties_triton(
     presence: Tensor | None,
 ) -> Tensor:
     """Launch ``penalties``. Shapes and dtypes were checked by ``gpt2rt.ops``."""
+    scores = aligned(scores)
     out = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
     penalties_into_triton(scores, counts, slots, out, repetition=repetition, frequency=frequency, presence=presence)
     return out

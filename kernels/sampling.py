@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import aligned, on_device
 from .sampling_refs import argmax_ref, sample_ref, sampling_weights_ref
 from .sampling_select import BINS as NUM_BINS
 from .sampling_select import (
@@ -313,6 +313,7 @@ def _draw_kernel(
 
 def argmax_triton(scores: Tensor, finite: bool) -> Tensor:
     """Launch ``argmax``. Shapes and dtypes were checked by ``gpt2rt.ops``."""
+    scores = aligned(scores)
     num_rows, n = scores.shape
     chunk = chunk_of(scores)
     num_chunks = triton.cdiv(n, chunk.size)
@@ -386,6 +387,7 @@ def sample_triton(
     """
     if token_ids is not None or partial:
         return sample_ref(scores, uniforms, temperature, top_k, top_p, min_p, token_ids, partial, finite)
+    scores = aligned(scores)
     out = torch.empty((scores.size(0),), dtype=torch.int64, device=scores.device)
     work = select_workspace(*scores.shape, scores.device)
     sample_into_triton(

@@ -3,6 +3,7 @@
 import collections
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -151,9 +152,21 @@ def test_a_failed_build_says_how_to_go_on(tmp_path, broken_toolkit):
 
 
 def test_an_architecture_that_nvcc_does_not_know_is_refused(tmp_path, broken_toolkit):
-    done = build(tmp_path, CUDA_HOME=broken_toolkit, GPT2RT_CUDA_ARCHITECTURES="80")
+    done = build(tmp_path, CUDA_HOME=broken_toolkit, GPT2RT_CUDA_ARCHITECTURES="90, 80,gpu")
     assert done.returncode != 0
-    assert "has none of the architectures 80, only sm_90, sm_100" in done.stderr
+    assert "GPT2RT_CUDA_ARCHITECTURES is '90, 80,gpu', but" in done.stderr
+    assert "does not know 80, gpu, only sm_90, sm_100; leave that out" in done.stderr
+
+
+def test_architectures_that_nvcc_has_not_yet_are_named(monkeypatch, capsys):
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    for name, value in {"GPT2RT_CPP": "0", "GPT2RT_CUDA": "0", "GPT2RT_CUDA_ARCHITECTURES": ""}.items():
+        monkeypatch.setenv(name, value)
+    script = runpy.run_path(str(ROOT / "setup.py"))
+    assert script["cuda_architectures"]("nvcc", ["sm_90", "sm_100"]) == ["90", "100"]
+    assert "gpt2rt._C_cuda without machine code for 80, 120, which nvcc does not know" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="nvcc has none of the architectures 80, 90, 100, 120, only sm_75"):
+        script["cuda_architectures"]("nvcc", ["sm_75"])
 
 
 @pytest.mark.parametrize("variables", [{"GPT2RT_CUDA": "auto"}, {"GPT2RT_CUDA": "0"}], ids=str)

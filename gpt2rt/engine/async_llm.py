@@ -20,13 +20,13 @@ from gpt2rt.errors import EngineDeadError
 
 from .base import DEFAULT_MODEL, ModelHolder
 from .config import EngineConfig
+from .fitting import new_core
 from .inputs import Prompt, prompt_parts
 from .outputs import PoolingRequestOutput, RequestOutput
 from .params import PoolingParams, RequestOutputKind, SamplingParams
 from .request import Output, Request
 from .stats import EngineStats, IterationStats
 from .streams import Stream, call_on, put_all
-from .warmup import new_core
 
 _LOG = logging.getLogger("gpt2rt.engine")
 # texts up to so many characters are tokenised on the event loop: a thread costs more

@@ -23,8 +23,8 @@ class EngineConfig:
         max_num_batched_tokens: the most tokens of a step; None: 512, but at least ``max_num_seqs``.
         num_blocks: blocks in the KV cache; None: as many as ``kv_cache_memory_bytes`` holds.
         kv_cache_memory_bytes: memory of the KV cache; None: room for ``max_num_seqs`` requests of full length, but on
-            a CPU at most a quarter of the machine's memory, on a GPU what ``gpu_memory_utilization`` leaves.
-        gpu_memory_utilization: share of a GPU's memory that weights and KV cache may take together.
+            a CPU at most a quarter of the machine's memory, on a GPU what steps and ``gpu_memory_utilization`` leave.
+        gpu_memory_utilization: share of a GPU's memory that weights, what steps need, and KV cache may take together.
         kv_cache_dtype: "auto" (what suits the executor), float32, bfloat16, float16, int8 or float8.
         enable_prefix_caching: keep the blocks of computed prompts for later ones that begin alike.
         max_num_queued_reqs: requests that may wait; more are refused with :class:`QueueFullError`. 0: one that cannot

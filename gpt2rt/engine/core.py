@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable
 
-from gpt2rt.cache import PrefixIndex
+from gpt2rt.cache import PagedKVCache, PrefixIndex
 from gpt2rt.errors import EngineDeadError, NumericsError, QueueFullError, RequestError, RequestFailedError
 
 from .accounts import Accounts
@@ -36,20 +37,18 @@ class EngineCore:
 
     Args:
         served: the model.
+        cache: for its keys and values, in use by nobody else.
 
     Attributes:
-        cache: keys and values.
+        cache: the same.
         scheduler: who waits and who runs.
         requests: unfinished ones, by name.
-
-    Raises:
-        RequestError, ValueError: the cache does not fit, see :meth:`ServedModel.new_cache`.
     """
 
-    def __init__(self, served: ServedModel) -> None:
+    def __init__(self, served: ServedModel, cache: PagedKVCache) -> None:
         config = served.config
         self.served = served
-        self.cache = served.new_cache()
+        self.cache = cache
         self._index = PrefixIndex(self.cache) if config.enable_prefix_caching else None
         self._pacer = PrefillPacer(config.prefill_slowdown)
         self.scheduler = Scheduler(
@@ -61,8 +60,16 @@ class EngineCore:
         )
         max_blocks = self.cache.blocks_for(served.max_model_len)
         buffers = StepBuffers(config.step_tokens, config.max_num_seqs, max_blocks)
+        # weakly: an engine that nobody uses any more must go at once, and its cache with it
+        own = weakref.ref(self)
+
+        def fail(request: Request, error: Exception) -> None:
+            core = own()
+            assert core is not None
+            core._fail(request, error)
+
         self._runner = StepRunner(
-            served.executor, self.cache, buffers, lambda item, error: self._fail(item.branch.request, error)
+            served.executor, self.cache, buffers, lambda item, error: fail(item.branch.request, error)
         )
         sampler = Sampler(served.vocab_size, served.device, capacity=config.max_num_seqs)
         self._sampler = StepSampler(sampler, self._runner)
@@ -71,7 +78,7 @@ class EngineCore:
         self._waits = served.device.type == "cuda"
         self._last_ahead: float | None = None
         self._texts = TokenTexts(served.tokenizer)
-        self._prompt_rows = PromptRows(served, self._texts, self._fail)
+        self._prompt_rows = PromptRows(served, self._texts, fail)
         self.requests: dict[str, Request] = {}
         self._queued_tokens = 0
         self._accounts = Accounts(self.cache.pool.num_blocks)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from gpt2rt.errors import EngineDeadError, RequestError
+from gpt2rt.graph.streams import StreamOrder
 
 from .base import DEFAULT_MODEL, ModelHolder
 from .config import EngineConfig
 from .core import EngineCore
+from .fitting import new_core
 from .inputs import Prompt, is_single, prompt_parts
 from .outputs import (
     ClassificationRequestOutput,
@@ -29,7 +31,6 @@ from .params import PoolingParams, RequestOutputKind, SamplingParams
 from .progress import ProgressBar
 from .request import Output, Request
 from .stats import EngineStats
-from .warmup import new_core
 
 
 class LLM(ModelHolder):
@@ -63,6 +64,8 @@ class LLM(ModelHolder):
         super().__init__(model, tokenizer, task, config, options, {"max_num_queued_reqs": None})
         self._core: EngineCore | None = new_core(self._served)
         self._numbers = itertools.count()
+        # of the threads that make steps, each may have a stream of its own
+        self._streams = StreamOrder(self._served.device)
         self._lock = threading.RLock()
 
     # ---- what it is ------------------------------------------------------------------------------------------------
@@ -424,6 +427,8 @@ class LLM(ModelHolder):
         if not core.has_unfinished:
             raise EngineDeadError("a request has ended without an output; please report this")
         try:
+            # blocks are copied before the executor is called
+            self._streams.join()
             core.step()
         except BaseException as error:
             core.reset(error)

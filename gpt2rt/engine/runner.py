@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,8 @@ class StepRunner:
         """Compute a step, in as many calls as suit the executor.
 
         A call that raises is made again for each of its parts alone: it changes nothing but the slots of its own
-        tokens, and those it writes in any case.
+        tokens, and those it writes in any case. One that finds no memory is made once more before that, when what the
+        failed one had allocated, and what torch keeps unused, was given back.
 
         Args:
             items: its parts, at least one.
@@ -100,19 +102,37 @@ class StepRunner:
 
     def _run_group(self, items: list[Item], rows: list[Row] | None, best_count: int) -> list[Group]:
         """One call, or one for each part; ``rows``: those that are sampled if it is the whole step, else None."""
-        try:
-            return [self._call(items, rows, best_count)]
-        except Exception as error:
-            if len(items) == 1:
-                self._fail(items[0], error)
-                return []
-            _LOG.warning("a step of %d sequences failed (%s); each is computed alone", len(items), error)
+        whole = self._try(items, rows, best_count)
+        if whole is not None:
+            return [whole]
         groups: list[Group] = []
-        for item in items:
+        for item in items if len(items) > 1 else ():
             # another branch of a request that has failed meanwhile has no blocks any more
             if item.branch.sequence is not None:
-                groups += self._run_group([item], None, 0)
+                part = self._try([item], None, 0, again=False)
+                groups += [] if part is None else [part]
         return groups
+
+    def _try(self, items: list[Item], rows: list[Row] | None, best_count: int, *, again: bool = True) -> Group | None:
+        """One call; None if it failed, and then, if it was of one part, that has been told."""
+        try:
+            return self._call(items, rows, best_count)
+        except Exception as error:
+            # not the error itself: whoever keeps it, or a record of it, would keep what the step had allocated
+            reason, count = str(error), len(items)
+            again = again and isinstance(error, torch.OutOfMemoryError)
+            if again:
+                _LOG.warning("no memory for a step of %d sequences; it is tried once more (%s)", count, reason)
+            elif count > 1:
+                _LOG.warning("a step of %d sequences failed (%s); each is computed alone", count, reason)
+            else:
+                traceback.clear_frames(error.__traceback__)
+                self._fail(items[0], error)
+        if not again:
+            return None
+        # outside of the handler, where the error would still be alive
+        torch.cuda.empty_cache()
+        return self._try(items, rows, best_count, again=False)
 
     def _call(self, items: list[Item], rows: list[Row] | None, best_count: int) -> Group:
         batch = self._lay_out(items)

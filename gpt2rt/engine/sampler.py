@@ -140,7 +140,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device, *, capacity: int) -> None:
         self._vocab_size = vocab_size
         self._device = torch.device(device)
-        on_host = self._device.type == "cpu"
+        self._on_host = on_host = self._device.type == "cpu"
         # reading a number waits for the device
         self._waits = self._device.type == "cuda"
         self._penalties = HostPenalties() if on_host else DevicePenalties(vocab_size, self._device)
@@ -219,6 +219,8 @@ class Sampler:
         if draws:
             for name, off in _OFF.items():
                 active = bool((self._columns[name][places] != off).any())
+                # there each setting that may be off doubles the kernels, and dividing by 1 changes no bit
+                active = active or (name == "temperature" and not self._on_host)
                 settings[name] = self._column(name, None if every else places) if active else None
         index = None if every else to_device(places, torch.int64, self._device)
         return _Group(places, index, settings if draws else None)

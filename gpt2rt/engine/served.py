@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt2rt.cache import SCALED_DTYPES, PagedKVCache
+from gpt2rt.cache import PagedKVCache
 from gpt2rt.errors import RequestError, TokenizerError
 from gpt2rt.generation.processors import as_list
-from gpt2rt.generation.reserve import new_cache
+from gpt2rt.generation.reserve import block_bytes, new_cache
 from gpt2rt.generation.runtime import executor_for
 from gpt2rt.generation.starts import BLOCK_SIZE
 from gpt2rt.models.layers import project
@@ -142,38 +142,58 @@ class ServedModel:
             )
         return dtype
 
-    def new_cache(self) -> PagedKVCache:
-        """The KV cache, as large as the config says.
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of the KV cache."""
+        return BLOCK_SIZE
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block of the KV cache, in all layers."""
+        return block_bytes(self.executor.plan, self.cache_dtype)
+
+    def num_blocks(self, spare: int) -> int:
+        """Blocks of the KV cache.
+
+        Args:
+            spare: bytes that it may take where the config does not say.
+
+        Raises:
+            ValueError: ``kv_cache_memory_bytes`` has no room for a single block.
+        """
+        config = self.config
+        if config.num_blocks is not None:
+            return config.num_blocks
+        memory = config.kv_cache_memory_bytes
+        full = config.max_num_seqs * math.ceil(self.max_model_len / BLOCK_SIZE)
+        num_blocks = min(full, max(0, spare if memory is None else memory) // self.block_bytes)
+        if self.device.type == "cpu" and num_blocks > 1:
+            # an odd number: the layers then begin at different places of their 2 MiB pages, and the system clears one
+            # page now and then instead of those of all layers at once, which made one step 75 ms longer
+            num_blocks -= num_blocks % 2 == 0
+        if num_blocks < 1 and (memory is not None or self.device.type == "cpu"):
+            raise ValueError(
+                f"{spare if memory is None else memory} bytes hold no block of the KV cache ({self.block_bytes} "
+                "bytes); raise kv_cache_memory_bytes"
+            )
+        return num_blocks
+
+    def new_cache(self, num_blocks: int | None = None) -> PagedKVCache:
+        """The KV cache.
+
+        Args:
+            num_blocks: how large; None: as the config says, and where it does not, in a quarter of the machine's
+                memory.
 
         Raises:
             RequestError: it does not fit into memory.
-            ValueError: it has no room for a single block.
+            ValueError: it has no room for a single block, or its dtype has no kernels.
         """
-        plan, config, dtype = self.executor.plan, self.config, self.cache_dtype
-        head_bytes = plan.head_dim * dtype.itemsize + (4 if dtype in SCALED_DTYPES else 0)
-        block_bytes = BLOCK_SIZE * plan.n_layer * 2 * plan.n_head * head_bytes
-        num_blocks = config.num_blocks
         if num_blocks is None:
-            memory = config.kv_cache_memory_bytes
-            full = config.max_num_seqs * math.ceil(self.max_model_len / BLOCK_SIZE)
-            if memory is None:
-                memory = self._spare_memory()
-            num_blocks = min(full, memory // block_bytes)
-            if self.device.type == "cpu" and num_blocks > 1:
-                # an odd number: the layers then begin at different places of their 2 MiB pages, and the system clears
-                # one page now and then instead of those of all layers at once, which made one step 75 ms longer
-                num_blocks -= num_blocks % 2 == 0
-            if num_blocks < 1:
-                raise ValueError(
-                    f"{memory} bytes hold no block of the KV cache ({block_bytes} bytes); raise kv_cache_memory_bytes"
-                )
-        return new_cache(self.executor, num_blocks, "the engine's sequences", "lower num_blocks", dtype)
-
-    def _spare_memory(self) -> int:
-        if self.device.type != "cuda":
-            return machine_bytes() // 4
-        free, total = torch.cuda.mem_get_info(self.device)
-        return max(0, int(free - (1.0 - self.config.gpu_memory_utilization) * total))
+            num_blocks = self.num_blocks(machine_bytes() // 4)
+        who, remedy = "the engine's sequences", "lower num_blocks"
+        # not rounded up: there is one cache for the life of the engine, and its size was chosen
+        return new_cache(self.executor, num_blocks, who, remedy, self.cache_dtype, exact=True)
 
     # ---- heads -----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import torch
 
 from gpt2rt.cache import SCALED_DTYPES, PagedKVCache
 from gpt2rt.errors import RequestError
-from gpt2rt.graph import Executor
+from gpt2rt.graph import Executor, Plan
 
 from .starts import BLOCK_SIZE
 
@@ -16,8 +16,21 @@ from .starts import BLOCK_SIZE
 _LARGEST_SHARE = 0.8
 
 
+def block_bytes(plan: Plan, dtype: torch.dtype) -> int:
+    """Bytes of a block of 16 tokens, keys and values of all layers of a model."""
+    # an 8-bit head has a scale of 4 bytes
+    head_bytes = plan.head_dim * dtype.itemsize + (4 if dtype in SCALED_DTYPES else 0)
+    return BLOCK_SIZE * plan.n_layer * 2 * plan.n_head * head_bytes
+
+
 def new_cache(
-    executor: Executor, num_blocks: int, who: str, remedy: str, dtype: torch.dtype | None = None
+    executor: Executor,
+    num_blocks: int,
+    who: str,
+    remedy: str,
+    dtype: torch.dtype | None = None,
+    *,
+    exact: bool = False,
 ) -> PagedKVCache:
     """A cache of at least so many blocks for a model.
 
@@ -31,24 +44,25 @@ def new_cache(
         who: what needs it, for the message.
         remedy: what to do if it is too large, for the message.
         dtype: what they are stored in; None: the executor's ``cache_dtype``.
+        exact: their number is not rounded up.
 
     Raises:
         RequestError: it would not fit into this machine's memory, or does not fit into what of the device's is free.
     """
     model, dtype = executor.plan, dtype or executor.cache_dtype
-    # an 8-bit head has a scale of 4 bytes
-    head_bytes = model.head_dim * dtype.itemsize + (4 if dtype in SCALED_DTYPES else 0)
-    block_bytes = BLOCK_SIZE * model.n_layer * 2 * model.n_head * head_bytes
+    each = block_bytes(model, dtype)
     memory = _memory_bytes(model.device)
-    if num_blocks * block_bytes > memory:
+    if num_blocks * each > memory:
         raise RequestError(
-            f"{who} need up to {num_blocks * block_bytes / 1e9:.1f} GB of KV cache, but {model.device} has "
+            f"{who} need up to {num_blocks * each / 1e9:.1f} GB of KV cache, but {model.device} has "
             f"{memory / 1e9:.1f} GB of memory; {remedy}"
         )
     counts = [num_blocks]
     # a step needs memory too: the rounded number must leave some
-    if model.device.type == "cuda" and rounded(num_blocks) * block_bytes < _LARGEST_SHARE * _free_bytes(model.device):
-        counts = sorted({rounded(num_blocks), num_blocks}, reverse=True)
+    if model.device.type == "cuda" and not exact:
+        up = rounded(num_blocks)
+        if up * each < _LARGEST_SHARE * _free_bytes(model.device):
+            counts = sorted({up, num_blocks}, reverse=True)
     for count in counts:
         try:
             return PagedKVCache(
@@ -65,7 +79,7 @@ def new_cache(
             continue
     free = _free_bytes(model.device)
     raise RequestError(
-        f"{who} need up to {num_blocks * block_bytes / 1e9:.1f} GB of KV cache, but of {model.device}'s memory only "
+        f"{who} need up to {num_blocks * each / 1e9:.1f} GB of KV cache, but of {model.device}'s memory only "
         f"{free / 1e9:.1f} GB are free; {remedy}"
     )
 

@@ -134,6 +134,7 @@ class CudaExecutor:
         self.streams = StreamOrder(plan.device)
         # the weights were laid out on this stream
         self.streams.join()
+        self.streams.settle_with(self)
 
     def _use_persistent(self) -> str:
         """Give single decode steps to the persistent kernel if that is asked for; says why not."""
@@ -161,7 +162,11 @@ class CudaExecutor:
         other.graphs = GraphStore(self.plan.device, enabled=not self.graphs.disabled)
         other._buffers = {}
         other.loop_states = {}
-        # the lock and the order of streams are shared, like the persistent kernel's workspace
+        # the lock and the order of streams are shared, like the persistent kernel's weights
+        with self.lock:
+            # the tables and the workspace that are its own were written on this stream
+            other.streams.join()
+        other.streams.settle_with(other)
         return other
 
     @property
@@ -193,7 +198,7 @@ class CudaExecutor:
         if head not in ("logits", "argmax") or (head == "argmax" and not self.chain.has_head):
             raise ValueError(f'head must be "logits", or "argmax" of a plan with an output layer, got {head!r}')
         with self.lock:
-            self.streams.join()
+            self.streams.join(cache.data, cache.scales)
             buffers, bound, key = self._prepare(batch, cache, return_hidden)
             buffers.load(batch)
 
@@ -234,6 +239,7 @@ class CudaExecutor:
         """Buffers for a batch, the bound of its query lengths, and the key of its graph; None: it has none."""
         size = self._bucket(batch, cache)
         if size is None:
+            # they go when the step is queued, and may: whoever gets their memory is on the same stream, behind it
             return Buffers(self.chain, self._exact(batch, cache)), batch.max_query_len, None
         buffers = self._buffers.get(size)
         if buffers is None:
@@ -271,39 +277,53 @@ class CudaExecutor:
     ) -> int:
         """Compile every kernel and capture every graph for these sizes, so that no request waits for that.
 
-        Compiled kernels are kept on disk by Triton (``TRITON_CACHE_DIR``, ``~/.triton/cache``), so a later process only
-        loads them.
+        Steps that have no graph, such as those with a row of logits for each token, are run too, with up to as many
+        tokens as the longest of the prompts, for their kernels. Compiled kernels are kept on disk by Triton
+        (``TRITON_CACHE_DIR``, ``~/.triton/cache``), so a later process only loads them.
+
+        What is left for when it is first met is a capture, which needs no compiler: of steps that return hidden states,
+        and of decode loops beyond the shortest context.
 
         Args:
-            cache: whose graphs are captured; only free blocks of it are written, one a row.
-            batch_sizes: rows of decode steps, rounded up to ``BATCH_SIZES``.
-            prompt_lengths: tokens of prompts of one sequence, rounded up to ``PROMPT_LENGTHS``.
-            loops: also the decode loops of ``generate``, which have a graph for each way to choose tokens.
+            cache: whose graphs are captured; only free blocks of it are written, by the loops, one a row.
+            batch_sizes: rows of decode steps, rounded up to ``BATCH_SIZES``, and sequences of steps with prompts.
+            prompt_lengths: tokens of the prompts of a step, rounded up to ``PROMPT_LENGTHS``.
+            loops: also decode loops (device_loop.py), which have a graph for each way to choose tokens.
 
         Returns:
             How many sizes were run.
 
         Raises:
             ValueError: a size is not positive.
-            OutOfBlocksError: the cache has fewer free blocks than rows.
+            OutOfBlocksError: the cache has fewer free blocks than rows, and there are loops.
+            torch.cuda.OutOfMemoryError: there is no memory for the buffers of a step or for its graph.
         """
         from .device_loop import warm_up_loop
 
-        batch_sizes = list(batch_sizes)
+        batch_sizes, n_positions = list(batch_sizes), self.plan.n_positions
         sizes = []
         for rows in batch_sizes:
             if rows < 1:
                 raise ValueError(f"batch_sizes must be positive, got {rows}")
-            longest = -(-self.plan.n_positions // SPLIT) * SPLIT
+            longest = -(-n_positions // SPLIT) * SPLIT
             for context in sorted({min(splits * SPLIT, longest) for splits in (*SPLITS, num_splits_for(longest))}):
-                sizes.append((rows, 1, min(context, self.plan.n_positions)))
-        for length in prompt_lengths:
-            if length < 1:
-                raise ValueError(f"prompt_lengths must be positive, got {length}")
-            if length <= self.plan.n_positions:
-                sizes.append((1, length, length))
-        for rows, queries, context in sizes:
-            self.step(_padding(rows, queries, context, cache, self.plan.device), cache)
+                sizes.append((rows, 1, min(context, n_positions), 1))
+        lengths = sorted(set(prompt_lengths))
+        if lengths and lengths[0] < 1:
+            raise ValueError(f"prompt_lengths must be positive, got {lengths[0]}")
+        most = _round_up(max(batch_sizes, default=1), PROMPT_COUNTS) or PROMPT_COUNTS[-1]
+        # a prompt may be rounded up to a length that none has
+        for length in sorted({min(length, n_positions) for length in lengths}):
+            for count in PROMPT_COUNTS[: PROMPT_COUNTS.index(most) + 1]:
+                queries = -(-length // count)
+                if queries > 1 or count == 1:
+                    sizes.append((count, queries, queries, 1))
+        for length in (2, *lengths):
+            # a row of logits for each token: that has no graph, and kernels for each number of rows
+            rows = -(-length // n_positions)
+            sizes.append((rows, -(-length // rows), -(-length // rows), -(-length // rows)))
+        for size in sizes:
+            self.step(_padding(*size, cache, self.plan.device), cache)
         if loops and self.chain.has_head:
             for rows in batch_sizes:
                 warm_up_loop(self, cache, min(rows, BATCH_SIZES[-1]))
@@ -319,8 +339,10 @@ def _in_order(indices: Tensor) -> bool:
     return indices.device.type == "cpu" and np.array_equal(indices.numpy(), np.arange(len(indices)))
 
 
-def _padding(rows: int, queries: int, context: int, cache: PagedKVCache, device: torch.device) -> StepBatch:
-    """A step that computes and changes nothing: of padding rows, said to be of this size."""
+def _padding(
+    rows: int, queries: int, context: int, logits: int, cache: PagedKVCache, device: torch.device
+) -> StepBatch:
+    """A step that computes and changes nothing: of padding rows, said to be of this size; ``logits``: of each row."""
     tokens = rows * queries
     zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
     return StepBatch(
@@ -330,7 +352,7 @@ def _padding(rows: int, queries: int, context: int, cache: PagedKVCache, device:
         seq_lens=torch.zeros(rows, dtype=torch.int32, device=device),
         block_table=torch.zeros((rows, cache.blocks_for(context)), dtype=torch.int32, device=device),
         slot_mapping=zeros - 1,
-        logits_indices=torch.arange(rows, dtype=torch.int64, device=device),
+        logits_indices=torch.arange(rows * logits, dtype=torch.int64, device=device),
         max_query_len=queries,
         max_seq_len=context,
     )

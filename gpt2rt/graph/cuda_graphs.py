@@ -89,6 +89,7 @@ class GraphStore:
         self._failures = 0
         self._graphs[key] = graph
         while len(self._graphs) > self._max_graphs:
+            # nothing of it is under way: the device was waited for before the capture
             self._graphs.popitem(last=False)
 
     def _capture(self, launches: Callable[[], None]) -> torch.cuda.CUDAGraph | None:

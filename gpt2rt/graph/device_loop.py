@@ -131,6 +131,7 @@ class DeviceLoop:
         self._launched = self._read = 0
         self._grown.clear()
         with self._executor.lock:
+            # a new state was zeroed on this stream; one of a loop before was used on another, maybe
             self._executor.streams.join()
             self._settings = self._state.fill(self._executor, tokens, sequences, limits, sampling)
 
@@ -171,7 +172,7 @@ class DeviceLoop:
         try:
             with executor.lock:
                 # a block that others share is copied when a sequence grows into it
-                executor.streams.join()
+                executor.streams.join(self._cache.data, self._cache.scales)
                 going = [
                     sequence if sequence is not None and sequence.length < limit else None
                     for sequence, limit in zip(self._sequences, self._limits, strict=True)

@@ -238,7 +238,7 @@ OPERATIONS: dict[str, Operation] = {
             "head_argmax",
             "first n with the largest (norm(x) w^T)[n], and that logit",
             "head:head_argmax_ref",
-            ("head:head_argmax_triton",),
+            ("head:head_argmax_triton", "head:head_keys_triton"),
             "",
             products.head_argmax,
             {"rows": 2, "k": 64, "n": 50, "format": "int8"},

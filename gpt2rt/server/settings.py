@@ -127,7 +127,7 @@ class EngineSettings:
     kv_cache_memory_bytes: int | None = option(
         None, "Memory of the KV cache.", show_default="--max-num-seqs requests of full length"
     )
-    gpu_memory_utilization: float = option(0.9, "Share of a GPU's memory for weights and KV cache.")
+    gpu_memory_utilization: float = option(0.9, "Share of a GPU's memory for weights, steps and KV cache.")
     kv_cache_dtype: str = option("auto", "auto, float32, bfloat16, float16, int8 or float8.")
     enable_prefix_caching: bool = option(
         True, "Keep the KV blocks of prompts for others that begin alike.", negative=True

@@ -6,14 +6,16 @@ from engine_cases import generate, prompt_ids, tiny
 
 from gpt2rt.engine import SamplingParams, warmup
 from gpt2rt.engine.params import RequestLimits
-from gpt2rt.engine.served import ServedModel
+
+# tasks of the model that give no text
+POOLED = 2
 
 
 @pytest.fixture
 def ends(monkeypatch):
     """The finished outputs of the requests that were run."""
-    seen = []
-    monkeypatch.setattr(warmup, "_nobody", lambda output: seen.append(output) if output.finished else None)
+    seen, run = [], warmup._run
+    monkeypatch.setattr(warmup, "_run", lambda *requests: seen.extend(run(*requests)))
     return seen
 
 
@@ -22,57 +24,61 @@ def reasons(ends):
 
 
 def test_requests_of_every_kind_come_to_their_end(ends):
-    llm = tiny()
+    llm = tiny(max_num_seqs=40)
     params = SamplingParams(max_tokens=5, temperature=0.0)
     expected = generate(llm, [prompt_ids(7)], params)
     free, stats = llm.core.cache.pool.num_free, llm.stats()
-    warmup.warm_up(llm.core)
-    # two kinds of pooling, those of sampling, and twelve at once
-    assert len(ends) == 2 + len(warmup._WAYS) + warmup._MANY
+    core = warmup.try_out(llm._served)
+    # three of each way, forty in which each has its turn, some of them twice, and what fills a step
+    ways, full = len(warmup._WAYS), warmup._filling(llm._served)
+    assert sum(full) >= 512
+    assert len(reasons(ends)) == 3 * ways + 40 - 2 * POOLED + len(full)
     assert set(reasons(ends)) == {"length"}
+    assert not core.has_unfinished
+    assert core.cache.pool.num_free == core.cache.pool.num_blocks
     # nothing of it is the engine's
     assert llm.core.cache.pool.num_free == free
     assert llm.stats() == stats
-    assert not llm.core.has_unfinished
     assert generate(llm, [prompt_ids(7)], params) == expected
 
 
 def test_kinds_that_the_limits_exclude_are_left_out(ends):
-    llm = tiny(limits=RequestLimits(logprobs=0))
-    warmup.warm_up(llm.core)
-    assert 0 < len(ends) < 2 + len(warmup._WAYS) + warmup._MANY
+    llm = tiny(max_num_seqs=4, limits=RequestLimits(logprobs=0))
+    warmup.try_out(llm._served)
+    assert max(len(output.prompt_logprobs[-1]) for output in ends if getattr(output, "prompt_logprobs", None)) == 1
     assert set(reasons(ends)) == {"length"}
+    # the step that is full has a row of logits for each token all the same
+    assert len(ends[-1].prompt_logprobs) == warmup._filling(llm._served)[0]
 
 
 def test_a_context_of_two_tokens(ends):
-    llm = tiny(max_model_len=2)
-    warmup.warm_up(llm.core)
+    llm = tiny(max_model_len=2, max_num_seqs=4, max_num_batched_tokens=8)
+    warmup.try_out(llm._served)
     assert "error" not in reasons(ends)
+
+
+def test_requests_without_memory_are_not_passed_over(monkeypatch):
+    llm = tiny(max_num_seqs=4)
+
+    def step(*batch, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(llm._served.executor, "step", step)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        warmup.try_out(llm._served)
 
 
 def test_sizes_of_steps(monkeypatch):
     llm = tiny(max_num_seqs=12, num_blocks=40, max_num_batched_tokens=100)
     asked = {}
     executor = llm.core.served.executor
+    # the cpu executor has no graphs
+    warmup.capture(llm._served, llm.core.cache)
     monkeypatch.setattr(type(executor), "name", "cuda")
-    monkeypatch.setattr(warmup, "_run_each_kind", lambda served: None)
     monkeypatch.setattr(executor, "warm_up", lambda cache, **sizes: asked.update(sizes, cache=cache), raising=False)
-    warmup.warm_up(llm.core)
+    warmup.capture(llm._served, llm.core.cache)
     assert asked == {
         "cache": llm.core.cache,
         "batch_sizes": [1, 2, 4, 8, 12],
-        "prompt_lengths": [16, 32, 64],
-        "loops": False,
+        "prompt_lengths": [16, 32, 64, 100],
     }
-
-
-def test_it_is_done_on_a_gpu_alone(monkeypatch):
-    done = []
-    monkeypatch.setattr(warmup, "warm_up", done.append)
-    served = tiny().core.served
-    warmup.new_core(served)
-    assert done == []
-    monkeypatch.setattr(warmup, "EngineCore", lambda served: "core")
-    monkeypatch.setattr(ServedModel, "device", torch.device("cuda"))
-    assert warmup.new_core(served) == "core"
-    assert done == ["core"]

@@ -62,6 +62,13 @@ def test_a_gpu_cache_is_rounded_up_where_that_fits(executor, monkeypatch):
     assert device.tried == [80, 112, 99]
 
 
+def test_a_number_that_was_chosen_is_not_rounded(executor, monkeypatch):
+    on_gpu(executor)
+    device = Device(monkeypatch, 100)
+    assert new_cache(executor, 70, "an engine", "lower num_blocks", exact=True).pool.num_blocks == 70
+    assert device.tried == [70]
+
+
 def test_out_of_memory_is_one_request_s_error(executor, monkeypatch):
     on_gpu(executor)
     device = Device(monkeypatch, 100)

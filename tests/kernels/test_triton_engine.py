@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from lively_model import lively_model
 
 from gpt2rt.engine import LLM, SamplingParams, warmup
+from gpt2rt.graph import device_loop
 
 pytestmark = pytest.mark.kernel
 
@@ -63,13 +64,20 @@ def test_decoding_ahead(model, way):
     assert found["cuda"] == found["eager"]
 
 
-def test_the_warm_up_runs_every_kind_of_request(model, monkeypatch):
-    ends = []
-    monkeypatch.setattr(warmup, "_nobody", lambda output: ends.append(output) if output.finished else None)
-    llm = LLM(model, executor="cuda", num_blocks=8, max_num_seqs=2, max_num_batched_tokens=16)
-    warmup.warm_up(llm.core)
-    assert len(ends) == 2 + len(warmup._WAYS) + warmup._MANY
-    reasons = {output.outputs[0].finish_reason for output in ends if isinstance(output.outputs, list)}
-    assert reasons == {"length"}
+def test_the_warm_up_runs_requests_of_all_kinds(model, monkeypatch):
+    ends, run = [], warmup._run
+    monkeypatch.setattr(warmup, "_run", lambda *requests: ends.extend(run(*requests)))
+    # what each way to choose launches is seen in tests/engine/test_engine_launches.py
+    monkeypatch.setattr(warmup, "_WAYS", warmup._WAYS[-1:])
+    # and test_triton_warmup.py runs the loops
+    loops = []
+    monkeypatch.setattr(device_loop, "warm_up_loop", lambda executor, cache, rows: loops.append(rows))
+    llm = LLM(model, executor="cuda", num_blocks=8, max_num_seqs=2, max_num_batched_tokens=8, max_model_len=12)
+    core = warmup.try_out(llm._served)
+    reasons = [output.outputs[0].finish_reason for output in ends if isinstance(output.outputs, list)]
+    # three alike, one in a mixture, and one that fills a step
+    assert reasons == ["length"] * 5
+    assert loops == [1, 2]
+    assert core.cache.pool.num_free == core.cache.pool.num_blocks
     assert llm.core.cache.pool.num_free == 8
     llm.shutdown()

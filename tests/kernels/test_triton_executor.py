@@ -187,7 +187,8 @@ def test_warm_up_writes_to_free_blocks_alone():
     held = Sequence(cache)
     held.append(20)
     cache.data[:, :, held.blocks] = 7.0
-    assert executor.warm_up(cache, batch_sizes=(1,), prompt_lengths=(16, 64)) == 2
+    # a decode step, prompts of 16 tokens and of the whole context, and 2, 16 and 64 tokens without a graph
+    assert executor.warm_up(cache, batch_sizes=(1,), prompt_lengths=(16, 64)) == 6
     assert (cache.data[:, :, held.blocks] == 7.0).all()
     assert cache.pool.num_free == 22
     assert sum(len(idle) for idle in executor.loop_states.values()) == 2
