@@ -73,7 +73,7 @@ def advance_ref(
         embedding.x.copy_(embedding_rows_ref(input_ids, position_ids, embedding.wte, embedding.wpe))
 
 
-@triton.jit(do_not_specialize=["num_keys"])
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
 def _advance_kernel(
     chosen_ptr,
     keys_ptr,
@@ -91,12 +91,12 @@ def _advance_kernel(
     codebook_ptr,
     wpe_ptr,
     x_ptr,
+    num_rows,
     num_keys,
     stride_table,
     stride_wte,
     stride_wpe,
     stride_x,
-    B: tl.constexpr,
     R: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -130,7 +130,7 @@ def _advance_kernel(
     tl.debug_barrier()
     if keys_ptr is not None:
         tl.store(chosen_ptr + row, chosen)
-    tl.store(ring_ptr + step % R * B + row, chosen)
+    tl.store(ring_ptr + step % R * num_rows + row, chosen)
     tl.store(step_ptr + row, step + 1)
     tl.store(input_ids_ptr + row, token)
     tl.store(position_ids_ptr + row, position)
@@ -204,12 +204,12 @@ def advance_triton(
             unused if wte is None or wte.codebook is None else wte.codebook,
             unused if embedding is None else embedding.wpe,
             None if embedding is None else embedding.x,
+            chosen.size(0),
             0 if keys is None else keys.size(1),
             block_table.stride(0),
             0 if wte is None else wte.data.stride(0),
             0 if embedding is None else embedding.wpe.stride(0),
             0 if embedding is None else embedding.x.stride(0),
-            B=chosen.size(0),
             R=ring.size(0),
             MAX_BLOCKS=block_table.size(1),
             BLOCK_SIZE=block_size,

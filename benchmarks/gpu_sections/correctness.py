@@ -35,8 +35,10 @@ def run(session: Session) -> None:
                     _model(session, name, format, scale)
                 drop()
         _embedded(session)
-        with session.attempt("LLM"):
-            serving.check(session)
+        if not session.over("LLM"):
+            session.need(60)
+            with session.attempt("LLM"):
+                serving.check(session)
         _persistent(session)
         if not session.toy:
             _kernels(session, "measured")

@@ -6,7 +6,6 @@ A dry run takes the CPU's own executor: the engine's steps through the kernels a
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,8 +18,8 @@ from gpt2rt.engine import LLM, SamplingParams
 from .models import drop, make_model
 from .session import Session
 
-#: (model, format, requests), most wanted first
-CASES = (("124M", "float16", 1), ("124M", "float16", 64), ("124M", "float16", 8), ("124M", "int4", 1))
+#: what is served, and how many requests at once, most wanted first; one engine for all, for its warm-up takes longest
+MODEL, FORMAT, REQUESTS = "124M", "float16", (1, 64, 8)
 #: tokens of a prompt, and new ones
 PROMPT, NEW = 128, 128
 #: runs of each kind, in turn
@@ -36,9 +35,9 @@ def check(session: Session) -> None:
     greedy = {"temperature": 0.0}
     kinds: list[dict[str, Any]] = [greedy, greedy, {"seed": 5, "top_p": 0.9}, {"seed": 6, "top_k": 7}]
     edited = [{**greedy, "logprobs": 2}, {"seed": 7, "presence_penalty": 0.5}]
+    llm = LLM(model, executor=_executor(session), num_blocks=64, max_num_seqs=8)
     for name, ways in (("alike", kinds), ("of every kind", [*kinds, *edited])):
         params = [_params(new, **way) for way in ways]
-        llm = LLM(model, executor=_executor(session), num_blocks=64, max_num_seqs=8)
         if not session.dry:
             # captures wait as often as they like
             llm.generate(prompts[: len(ways)], params)
@@ -52,46 +51,52 @@ def check(session: Session) -> None:
             f"LLM, requests {name}: the tokens of generate", found[: len(kinds)] == expected, requests=len(ways)
         )
         session.check(f"LLM, requests {name}: waits of a step", max(waits) <= 1, most=max(waits), steps=len(waits))
-        llm.shutdown()
+    llm.shutdown()
 
 
 def run(session: Session) -> None:
     """Tokens a second, with and without decoding ahead."""
-    for name, format, count in (("toy", "float16", 2),) if session.toy else CASES:
-        session.need(25)
-        with session.attempt(f"LLM {name} {format} requests {count}"):
-            _one(session, name, format, count)
-        drop()
-
-
-def _one(session: Session, name: str, format: str, count: int) -> None:
-    model = make_model(name, format, session.device)
-    prompt, new = (5, 6) if session.toy else (PROMPT, NEW)
-    prompts = _prompts(count, prompt, model.config.vocab_size)
-    engines: dict[str, LLM] = {}
-    for kind, ahead in (("LLM", "1"), ("LLM, no step ahead", "0")):
-        os.environ["GPT2RT_CUDA_AHEAD"] = ahead
-        blocks = count * -(-(prompt + new) // 16)
-        engines[kind] = LLM(
-            model, executor=_executor(session), num_blocks=blocks, max_num_seqs=count, enable_prefix_caching=False
+    name, format, requests = ("toy", "float16", (2,)) if session.toy else (MODEL, FORMAT, REQUESTS)
+    title = f"LLM {name} {format}"
+    if session.over(title):
+        return
+    session.need(90)
+    with session.attempt(title, patience=300.0):
+        model = make_model(name, format, session.device)
+        prompt, new = (5, 6) if session.toy else (PROMPT, NEW)
+        blocks = max(requests) * -(-(prompt + new) // 16)
+        llm = LLM(
+            model,
+            executor=_executor(session),
+            num_blocks=blocks,
+            max_num_seqs=max(requests),
+            enable_prefix_caching=False,
         )
-    del os.environ["GPT2RT_CUDA_AHEAD"]
-    seconds: dict[str, list[float]] = {kind: [] for kind in engines}
+        for count in requests:
+            _one(session, llm, count, prompt, new, {"model": name, "format": format})
+        llm.shutdown()
+    drop()
+
+
+def _one(session: Session, llm: LLM, count: int, prompt: int, new: int, facts: dict[str, Any]) -> None:
+    kinds = {"LLM": True, "LLM, no step ahead": False}
+    prompts = _prompts(count, prompt, llm.core.served.vocab_size)
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    ahead = llm.core._ahead
     for turn in range(1 + (1 if session.toy else ROUNDS)):
-        for kind, llm in engines.items():
+        for kind, wanted in kinds.items():
+            ahead.enabled = wanted and llm.executor_name == "cuda"
             began = time.perf_counter()
             llm.generate(prompts, [_params(new, temperature=0.0)] * count)
             # the first round captures graphs
             if turn:
                 seconds[kind].append(time.perf_counter() - began)
     for kind, taken in seconds.items():
-        best = sorted(taken)[len(taken) // 2]
-        facts = {"model": name, "format": format, "requests": count, "prompt": prompt, "new": new}
-        what = f"{name} {format} requests {count}"
-        session.value(f"{kind} {what}", count * new / best, "tokens/s", **facts)
-        session.value(f"{kind} {what}, a step", 1e6 * best / new, "us", **facts)
-    for llm in engines.values():
-        llm.shutdown()
+        middle = sorted(taken)[len(taken) // 2]
+        what = f"{facts['model']} {facts['format']} requests {count}"
+        facts = {**facts, "requests": count, "prompt": prompt, "new": new}
+        session.value(f"{kind} {what}", count * new / middle, "tokens/s", **facts)
+        session.value(f"{kind} {what}, a step", 1e6 * middle / new, "us", **facts)
 
 
 def _executor(session: Session) -> str | None:

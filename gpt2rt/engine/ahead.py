@@ -47,6 +47,7 @@ class DecodeAhead:
 
     Attributes:
         branches: those of the run, by row; None: the row's has ended. Empty while there is no run.
+        enabled: whether runs begin.
     """
 
     def __init__(self, executor: Executor, cache: PagedKVCache, scheduler: Scheduler) -> None:
@@ -59,8 +60,7 @@ class DecodeAhead:
         self._settled = 0
         # nothing more is queued: the run ends when what is pending has been read
         self._ends = False
-        # whether there are runs at all
-        self._enabled = executor.name == "cuda" and os.environ.get("GPT2RT_CUDA_AHEAD") != "0"
+        self.enabled = executor.name == "cuda" and os.environ.get("GPT2RT_CUDA_AHEAD") != "0"
 
     def note(self, branches: list[Branch]) -> None:
         """A step of the engine's own is over; a run may follow it.
@@ -68,7 +68,7 @@ class DecodeAhead:
         Args:
             branches: those that got a token in it.
         """
-        if not self._enabled:
+        if not self.enabled:
             return
         self._settled = self._settled + 1 if branches and branches == self._last else 0
         self._last = branches
@@ -138,7 +138,7 @@ class DecodeAhead:
             self._loop.start(tokens, sequences, limits, _sampling_rows(rows))
         except Exception as error:
             _LOG.warning("nothing is decoded ahead any more (%s: %s)", type(error).__name__, error)
-            self._enabled = False
+            self.enabled = False
             return False
         self.branches = list(running)
         self._ends = False
