@@ -9,6 +9,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # tests leave nothing in the home folder; those of the cache itself turn it on in a folder of their own
 os.environ["GPT2RT_PACKED_CACHE"] = "0"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # workers share the cores: threads of one would only wait for those of another, at full speed
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

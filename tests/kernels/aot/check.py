@@ -12,6 +12,7 @@ its arguments, and compiles them for the target with the specialisation rules of
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -77,7 +78,7 @@ class Usage(NamedTuple):
     wide_loads: int  # 128-bit loads from global memory
     loads: int  # all loads from global memory
     loads_before_wait: int  # wide loads and prefetches before the first wait for the kernel before this one
-    instructions: int  # in the machine code, whether they run once, often or never
+    instructions: int  # in the machine code, whether they run once, often or never; 0 where it was not read
     mma: dict[str, int]  # tensor core instructions by kind: HMMA (mma.sync), HGMMA (wgmma), UTCHMMA (tcgen05)
 
 
@@ -133,8 +134,8 @@ def specialise(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def measure(launch: Launch, capability: int) -> Usage:
-    """Compile for a target and read registers, stack and instructions from the cubin."""
+def measure(launch: Launch, capability: int, *, read_code: bool) -> Usage:
+    """Compile for a target and read registers and stack from the cubin, and what its instructions are if asked to."""
     source, options = specialise(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tools = triton.knobs.nvidia
@@ -144,8 +145,8 @@ def measure(launch: Launch, capability: int) -> Usage:
         f.write(compiled.asm["cubin"])
         f.flush()
         usage, sass = (
-            subprocess.run([*command, f.name], capture_output=True, text=True, check=True).stdout
-            for command in commands
+            subprocess.run([*command, f.name], capture_output=True, text=True, check=True).stdout if wanted else ""
+            for command, wanted in zip(commands, (True, read_code), strict=True)
         )
 
     def number(key: str) -> int:
@@ -180,7 +181,14 @@ def measure_spec(task: tuple[str, int, int]) -> list[tuple[str, Usage]]:
     launches = record(spec.call)
     if len(launches) != len(spec.wide_loads):
         raise RuntimeError(f"{spec.name}: {len(launches)} launches, the spec lists {len(spec.wide_loads)}")
-    return [(launch.kernel.fn.__name__, measure(launch, capability)) for launch in launches]
+    return [
+        # the disassembler takes nearly as long as the compiler
+        (
+            launch.kernel.fn.__name__,
+            measure(launch, capability, read_code=bool(wide or spec.mma or spec.wait_after_loads)),
+        )
+        for launch, wide in zip(launches, spec.wide_loads, strict=True)
+    ]
 
 
 def faults(usage: Usage, spec: Any, wide_loads: int, capability: int, known_registers: int | None) -> list[str]:
@@ -245,9 +253,14 @@ def main() -> int:
     )
     compiled = failed = 0
     fresh: dict[str, dict[str, int]] = {}
-    # spawn: torch has threads, which do not survive a fork
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for (_, i, capability), usages in zip(tasks, pool.imap(measure_spec, tasks), strict=True):
+    with contextlib.ExitStack() as stack:
+        measured = map(measure_spec, tasks)
+        if options.jobs > 1:
+            # spawn: torch has threads, which do not survive a fork
+            measured = stack.enter_context(multiprocessing.get_context("spawn").Pool(options.jobs)).imap(
+                measure_spec, tasks
+            )
+        for (_, i, capability), usages in zip(tasks, measured, strict=True):
             spec, target = specs[i], str(capability)
             for (name, usage), wide_loads in zip(usages, spec.wide_loads, strict=True):
                 key = f"{spec.name} / {name}"
