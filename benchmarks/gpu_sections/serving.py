@@ -83,7 +83,8 @@ def _one(session: Session, llm: LLM, count: int, prompt: int, new: int, facts: d
     prompts = _prompts(count, prompt, llm.core.served.vocab_size)
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     ahead = llm.core._ahead
-    for turn in range(1 + (1 if session.toy else ROUNDS)):
+    rounds = 0 if session.compiles else 1 if session.toy else ROUNDS
+    for turn in range(1 + rounds):
         for kind, wanted in kinds.items():
             ahead.enabled = wanted and llm.executor_name == "cuda"
             began = time.perf_counter()
@@ -91,7 +92,7 @@ def _one(session: Session, llm: LLM, count: int, prompt: int, new: int, facts: d
             # the first round captures graphs
             if turn:
                 seconds[kind].append(time.perf_counter() - began)
-    for kind, taken in seconds.items():
+    for kind, taken in seconds.items() if rounds else ():
         middle = sorted(taken)[len(taken) // 2]
         what = f"{facts['model']} {facts['format']} requests {count}"
         facts = {**facts, "requests": count, "prompt": prompt, "new": new}
