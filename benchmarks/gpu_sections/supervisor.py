@@ -5,8 +5,8 @@ launch nothing any more. So the process of ``gpu.py`` touches no device: it star
 they write row by row. When a worker is lost its part has a row that says so, and the next worker leaves that part out.
 
 What does not measure time is spread over several workers: correctness, and before timed sections a run that calls
-everything once, so that the kernels and the peers' graphs are compiled by many cores and kept on disk
-(``~/.triton``, ``/tmp/torchinductor_*``), where the worker that measures finds them.
+everything once, so that the kernels and the peers' graphs are compiled by many cores and kept on disk (in Triton's
+cache and TorchInductor's), where the worker that measures finds them.
 """
 
 from __future__ import annotations

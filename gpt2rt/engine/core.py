@@ -294,15 +294,16 @@ class EngineCore:
             self._fork(branch)
         for group in groups:
             self._prompt_rows.take(group)
+        chosen = [row.branch for row in rows]
         if rows:
             sampled = self._sampler.choose(rows, groups)
             if self._waits:
                 now = time.monotonic()
                 self._pacer.note(now - began, self.scheduler.num_decoding, num_prompt)
-            self._take_tokens([row.branch for row in rows], sampled, now)
-        self._ahead.note([row.branch for row in rows])
+            self._take_tokens(chosen, sampled, now)
+        self._ahead.note(chosen)
         self._remember([item.branch for item in live])
-        self._hand_out([row.branch for row in rows])
+        self._hand_out(chosen)
         self._hand_out([item.branch for item in live if item.branch.row is None and item.branch.finish_reason])
         self._accounts.iteration.num_tokens += sum(item.count for item in live)
 

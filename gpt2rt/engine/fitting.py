@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from typing import Any
 
 import torch
 
@@ -152,9 +153,11 @@ def _clear(served: ServedModel) -> None:
     """Give back what is not in use any more."""
     # a graph may still be under way
     torch.cuda.synchronize(served.device)
-    if served.executor.name == "cuda":
+    # only one kind of executor has graphs
+    executor: Any = served.executor
+    if executor.name == "cuda":
         # they hold addresses of a cache that is gone
-        served.executor.graphs.clear()  # type: ignore[attr-defined]
+        executor.graphs.clear()
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -85,7 +85,11 @@ class Place:
         elif self.device.type == "cpu" and ops.op_forms()[op]["cpu"] == "C++":
             found["C++"] = getattr(torch.ops.gpt2rt, op).default
         found[DEFINITION] = definition
-        return {name: lambda i, form=form: form(*arguments(i)) for name, form in found.items()}  # type: ignore[misc]
+
+        def on_copy(form: Callable[..., Any]) -> Callable[[int], Any]:
+            return lambda i: form(*arguments(i))
+
+        return {name: on_copy(form) for name, form in found.items()}
 
 
 def load(target: str) -> Callable[..., Any]:
